@@ -1,0 +1,31 @@
+"""medgen: the command line. It joins the sub-commands of the rooms and does nothing else."""
+
+from __future__ import annotations
+
+import typer
+
+from client.cli import site
+from server.cli import audit, release
+from simulations.cli import bench, simulate
+
+app = typer.Typer(
+    name="medgen",
+    help="Train one generative model across hospitals under patient-level differential privacy, and audit what it releases.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+app.command()(simulate)
+app.command()(bench)
+app.add_typer(site)
+app.add_typer(release)
+app.add_typer(audit)
+
+
+def main() -> None:
+    """Entry point of the ``medgen`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

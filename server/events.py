@@ -1,0 +1,36 @@
+"""The run's event file: the only source of progress, live views, comparison and resume.
+
+One JSON object per line in ``<run>/events.jsonl``. Every field is public: nothing that a site did not send is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends events to one file; a half-written last line (a killed process) is ignored by readers."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one event of ``kind`` with JSON-able ``fields`` and the time in seconds since the epoch."""
+        line = json.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, sort_keys=True)
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """All complete events, oldest first."""
+        if not self._path.is_file():
+            return
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue

@@ -1,0 +1,111 @@
+"""Asking sites: every wait has a deadline, sites are addressed by name, and a lost site is an answer like any other.
+
+The grid knows nodes by random ids; which node is which site is learned from the capabilities reply and from nowhere
+else. Replies are returned in site order, so that whatever is summed afterwards is summed in the same order everywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from privacy.boundary.messages import (
+    Capabilities,
+    CapabilitiesRequest,
+    Reply,
+    Request,
+    from_bytes,
+    to_bytes,
+)
+from privacy.boundary.refusals import Refused
+from privacy.boundary.messages import Refusal
+from server.events import EventLog
+
+BODY = "body"
+POLL_S = 0.5
+UNAVAILABLE = Refusal("SITE_UNAVAILABLE")
+
+
+class Exchange:
+    """One study's conversation with its sites over a Flower grid."""
+
+    def __init__(self, grid: Grid, deadline_s: float, events: EventLog) -> None:
+        self._grid = grid
+        self._deadline_s = deadline_s
+        self._events = events
+        self._nodes: dict[str, int] = {}
+        self.bytes_out: dict[str, int] = {}
+        self.bytes_in: dict[str, int] = {}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Sites that have answered the roll call, in order."""
+        return tuple(sorted(self._nodes))
+
+    def discover(self, study: str, expected: Sequence[str]) -> dict[str, Capabilities]:
+        """Call the roll until every expected site has answered or the deadline has passed.
+
+        A node that answers under a name outside ``expected``, or under a name already taken, is ignored: the study
+        addresses its own sites and never "whoever is connected".
+        """
+        found: dict[str, Capabilities] = {}
+        asked: set[int] = set()
+        end = time.monotonic() + self._deadline_s
+        while True:
+            fresh = [node for node in self._grid.get_node_ids() if node not in asked]
+            asked |= set(fresh)
+            for node, reply in self._send({node: CapabilitiesRequest(study) for node in fresh}).items():
+                if isinstance(reply, Capabilities) and reply.site in expected and reply.site not in found:
+                    found[reply.site] = reply
+                    self._nodes[reply.site] = node
+            if len(found) == len(expected) or time.monotonic() > end:
+                break
+            time.sleep(POLL_S)
+        self._events.write("roll-call", found=sorted(found), missing=sorted(set(expected) - set(found)))
+        return {site: found[site] for site in sorted(found)}
+
+    def ask(self, requests: Mapping[str, Request]) -> dict[str, Reply]:
+        """Put one request to each named site; a site that is gone, late or garbled answers ``SITE_UNAVAILABLE``."""
+        known = {self._nodes[site]: request for site, request in sorted(requests.items()) if site in self._nodes}
+        replies = self._send(known)
+        by_node = {node: site for site, node in self._nodes.items()}
+        answers: dict[str, Reply] = {site: UNAVAILABLE for site in sorted(requests)}
+        answers |= {by_node[node]: reply for node, reply in replies.items()}
+        return answers
+
+    def _send(self, requests: Mapping[int, Request]) -> dict[int, Reply]:
+        if not requests:
+            return {}
+        bodies = {node: to_bytes(request) for node, request in requests.items()}
+        messages = [
+            Message(RecordDict({BODY: ConfigRecord({BODY: body})}), node, "query.ask") for node, body in bodies.items()
+        ]
+        replies: dict[int, Reply] = {}
+        for message in self._grid.send_and_receive(messages, timeout=self._deadline_s):
+            node = message.metadata.src_node_id
+            if node in bodies:
+                replies[node] = _read(message)
+        names = {node: site for site, node in self._nodes.items()}
+        for node, body in bodies.items():
+            if site := names.get(node):
+                self.bytes_in[site] = self.bytes_in.get(site, 0) + len(body)
+                if node in replies:
+                    self.bytes_out[site] = self.bytes_out.get(site, 0) + len(to_bytes(replies[node]))
+        return replies
+
+
+def _read(message: Message) -> Reply:
+    """The reply in a message; anything that is not one is a lost site."""
+    if message.has_error():
+        return UNAVAILABLE
+    try:
+        body = message.content.config_records[BODY][BODY]
+        answer = from_bytes(body if isinstance(body, bytes) else b"")
+    except (Refused, KeyError, ValueError):
+        return UNAVAILABLE
+    if isinstance(answer, Request):
+        return UNAVAILABLE
+    return answer

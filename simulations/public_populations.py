@@ -1,0 +1,206 @@
+"""Public stand-ins for the real-data studies: patients made from textbook ranges, so that pre-training reads no record.
+
+Two populations: intensive-care stays (typical values and directions of vital signs and laboratory results) and limbs
+with a soft-tissue tumour (fat, muscle, bone, a lesion that takes up FDG). They are crude on purpose and say nothing
+about any hospital; what matters is that they are public and of the study's schema. Shapes are as in
+:mod:`medgen_models.schema`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from medgen_models.schema import Column, PatientBatch, Schema, scale
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Typical:
+    """What a reader of a textbook expects of one quantity.
+
+    Attributes:
+        mean, sd: in the column's unit.
+        severity: correlation with how ill the patient is, in [-1, 1].
+        seen: chance that it is recorded (in one bin, for a series).
+        skewed: log-normal rather than normal.
+    """
+
+    mean: float
+    sd: float
+    severity: float = 0.0
+    seen: float = 0.9
+    skewed: bool = False
+
+
+ICU_TYPICAL: dict[str, Typical] = {
+    "age_years": Typical(64, 17, 0.25, 1.0),
+    "height_cm": Typical(169, 11, 0.0, 0.5),
+    "weight_kg": Typical(81, 22, 0.0, 0.9),
+    "HR": Typical(87, 16, 0.3, 0.95),
+    "RespRate": Typical(19, 5, 0.3, 0.3),
+    "Temp": Typical(37.0, 0.8, 0.0, 0.6),
+    "GCS": Typical(11.5, 3.6, -0.5, 0.5),
+    "NISysABP": Typical(119, 21, -0.2, 0.5),
+    "NIDiasABP": Typical(58, 14, -0.2, 0.5),
+    "NIMAP": Typical(77, 14, -0.2, 0.5),
+    "SysABP": Typical(119, 20, -0.2, 0.6),
+    "DiasABP": Typical(59, 11, -0.2, 0.6),
+    "MAP": Typical(79, 13, -0.25, 0.6),
+    "Urine": Typical(110, 110, -0.4, 0.75, True),
+    "FiO2": Typical(0.53, 0.17, 0.3, 0.3),
+    "SaO2": Typical(96.5, 2.8, -0.2, 0.1),
+    "PaO2": Typical(140, 70, -0.1, 0.2, True),
+    "PaCO2": Typical(40, 8, 0.1, 0.2),
+    "pH": Typical(7.38, 0.07, -0.2, 0.2),
+    "BUN": Typical(26, 20, 0.45, 0.16, True),
+    "Creatinine": Typical(1.4, 1.2, 0.4, 0.16, True),
+    "Glucose": Typical(140, 50, 0.15, 0.16, True),
+    "HCO3": Typical(23, 4.5, -0.3, 0.16),
+    "HCT": Typical(31, 5, -0.1, 0.2),
+    "K": Typical(4.1, 0.6, 0.1, 0.18),
+    "Na": Typical(139, 5, 0.0, 0.16),
+    "Mg": Typical(2.0, 0.35, 0.0, 0.16),
+    "Platelets": Typical(190, 100, -0.2, 0.15, True),
+    "WBC": Typical(12.5, 6.5, 0.15, 0.15, True),
+    "Lactate": Typical(2.6, 2.0, 0.5, 0.1, True),
+}
+LIMB_TYPICAL: dict[str, Typical] = {
+    "age_years": Typical(55, 17, 0.0, 1.0),
+    "weight_kg": Typical(76, 17, 0.0, 1.0),
+    "height_m": Typical(1.69, 0.1, 0.0, 1.0),
+    "gtv_ml": Typical(350, 420, 0.6, 1.0, True),
+    "suv_max": Typical(10, 6, 0.7, 1.0, True),
+    "suv_mean": Typical(3.4, 1.8, 0.65, 1.0, True),
+}
+
+
+def icu_population(schema: Schema, patients: int, seed: int) -> PatientBatch:
+    """Intensive-care stays of ``schema`` (a table and one series) from textbook values; deterministic in ``seed``."""
+    rng = np.random.default_rng(seed)
+    severity = rng.normal(size=patients)
+    batch = PatientBatch.empty(schema, patients, (f"public-{i:05d}" for i in range(patients)))
+    values = dict(batch.values)
+    values = values | _table(schema, severity, ICU_TYPICAL, rng)
+    for slot in schema.slots:
+        if slot.kind == "series":
+            bins = [_channel(c, ICU_TYPICAL.get(c.name), severity, slot.bins, rng) for c in slot.columns]
+            values[slot.name] = _tensor(np.stack(bins, axis=-1)).unsqueeze(1)
+    return _present(schema, batch, values)
+
+
+def limb_population(schema: Schema, patients: int, seed: int) -> PatientBatch:
+    """Limbs with a soft-tissue tumour in T1-weighted MRI and FDG PET, with the table; deterministic in ``seed``."""
+    rng = np.random.default_rng(seed)
+    severity = rng.normal(size=patients)
+    batch = PatientBatch.empty(schema, patients, (f"public-{i:05d}" for i in range(patients)))
+    values = dict(batch.values) | _table(schema, severity, LIMB_TYPICAL, rng)
+    pairs = [_limb(schema, s, rng) for s in severity]
+    for slot, instance in schema.instances():
+        if slot.kind == "volume":
+            images = np.stack([pair[0] if slot.name == "mri" else pair[1] for pair in pairs])
+            values[slot.key(instance)] = _tensor(
+                scale(np.clip(images, slot.low, slot.high), slot.low, slot.high)
+            ).unsqueeze(1)
+    return _present(schema, batch, values)
+
+
+def _limb(schema: Schema, severity: float, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """One limb: T1-weighted intensity within the slot's public range, FDG uptake in SUV (g/ml)."""
+    mri, pet = schema.slot("mri"), schema.slot("pet")
+    z, y, x = (axis - (n - 1) / 2 for axis, n in zip(np.indices(mri.shape).astype(float), mri.shape, strict=True))
+    half = min(mri.shape[1:]) / 2
+    tilt = rng.normal(0, 0.08, 2)
+    u, v = x - tilt[0] * z - rng.normal(0, 1), y - tilt[1] * z - rng.normal(0, 1)
+    radius = half * rng.uniform(0.65, 1.05)
+    r = np.hypot(u / rng.uniform(0.9, 1.1), v) / radius
+    skin, muscle = r < 1, r < rng.uniform(0.7, 0.88)
+    bone = np.hypot(u - rng.normal(0, 1.5), v - rng.normal(0, 1.5)) / radius
+    t1 = np.where(skin, 0.85, 0.0)
+    t1 = np.where(muscle, 0.35 + 0.05 * np.sin(u / 2 + v / 3 + rng.uniform(0, 6)), t1)
+    t1 = np.where(bone < 0.22, 0.08, t1)
+    t1 = np.where(bone < 0.16, 0.75, t1)
+    centre = rng.normal(0, half * 0.3, 3)
+    size = half * np.clip(0.35 + 0.1 * severity + 0.05 * rng.normal(size=3), 0.15, 0.7) * rng.uniform(0.8, 1.25, 3)
+    lesion = ((z - centre[0]) / size[0]) ** 2 + ((v - centre[1]) / size[1]) ** 2 + ((u - centre[2]) / size[2]) ** 2
+    inside = (lesion < 1) & skin
+    t1 = np.where(inside, 0.3 + 0.08 * rng.normal(), t1)
+    peak = np.clip(9 + 5 * severity + 2 * rng.normal(), 2, 0.95 * pet.high)
+    suv = np.where(skin, 0.5, 0.02) + np.where(muscle, 0.3, 0.0)
+    suv = np.where(inside, peak * np.exp(-1.2 * lesion) + 0.8, suv)
+    t1 = t1 + 0.03 * rng.normal(size=t1.shape) * skin
+    suv = suv * (1 + 0.08 * rng.normal(size=suv.shape))
+    return mri.low + t1 * (mri.high - mri.low), suv
+
+
+def _table(
+    schema: Schema, severity: Floats, typical: dict[str, Typical], rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """The table slot of a population, (B, 1, C); empty where the study has no table."""
+    table = schema.table()
+    if table is None:
+        return {}
+    columns = []
+    for column in table.columns:
+        if column.kind == "numeric":
+            columns.append(_numeric(column, typical.get(column.name), severity, rng))
+        else:
+            lean = severity if column.outcome else np.zeros_like(severity)
+            index = np.minimum(rng.integers(len(column.categories), size=severity.size), len(column.categories) - 1)
+            rare = rng.random(severity.size) < 1 / (1 + np.exp(1.9 - 1.1 * lean))
+            columns.append(np.where(rare, 1.0, 0.0) if column.outcome else index.astype(float))
+    return {table.name: _tensor(np.stack(columns, axis=1)).unsqueeze(1)}
+
+
+def _numeric(column: Column, typical: Typical | None, severity: Floats, rng: np.random.Generator) -> Floats:
+    """Scaled values of a numeric column, NaN where not recorded; without a textbook entry: mid-range, a sixth wide."""
+    known = typical or Typical((column.low + column.high) / 2, (column.high - column.low) / 6)
+    latent = known.severity * severity + np.sqrt(1 - known.severity**2) * rng.normal(size=severity.size)
+    raw = np.clip(_shape(known, latent), column.low, column.high)
+    return np.where(rng.random(severity.size) < known.seen, scale(raw, column.low, column.high), np.nan)
+
+
+def _channel(column: Column, typical: Typical | None, severity: Floats, bins: int, rng: np.random.Generator) -> Floats:
+    """Scaled bins of one channel, (B, T): a patient's own level plus an autoregressive wander."""
+    known = typical or Typical((column.low + column.high) / 2, (column.high - column.low) / 6, seen=0.5)
+    level = known.severity * severity + np.sqrt(1 - known.severity**2) * rng.normal(size=severity.size)
+    wander = np.zeros((severity.size, bins))
+    for t in range(1, bins):
+        wander[:, t] = 0.8 * wander[:, t - 1] + 0.6 * rng.normal(size=severity.size)
+    raw = np.clip(_shape(known, 0.75 * level[:, None] + 0.6 * wander), column.low, column.high)
+    patient_seen = np.clip(known.seen * np.exp(0.35 * rng.normal(size=severity.size)), 0.02, 0.98)
+    return np.where(rng.random(raw.shape) < patient_seen[:, None], scale(raw, column.low, column.high), np.nan)
+
+
+def _shape(known: Typical, latent: Floats) -> Floats:
+    """A standard normal turned into the quantity's own unit (normal, or log-normal with the same mean and sd)."""
+    if not known.skewed:
+        return known.mean + known.sd * latent
+    spread = np.sqrt(np.log1p((known.sd / known.mean) ** 2))
+    return np.asarray(known.mean * np.exp(spread * latent - spread**2 / 2))
+
+
+def _tensor(values: Floats) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def _present(schema: Schema, batch: PatientBatch, values: dict[str, torch.Tensor]) -> PatientBatch:
+    """The batch with ``values``, every instance present and its fixed factor levels set."""
+    factors = [factor.name for factor in schema.factors()]
+    factor_BVIF = batch.factor_BVIF.clone()
+    for i, (slot, instance) in enumerate(schema.instances()):
+        for factor in slot.factors:
+            if factor.name in instance.fixed:
+                factor_BVIF[:, :, i, factors.index(factor.name)] = factor.index(instance.fixed[factor.name])
+    return PatientBatch(
+        values=values,
+        present_BVI=torch.ones_like(batch.present_BVI),
+        factor_BVIF=factor_BVIF,
+        gap_hours_BVI=batch.gap_hours_BVI,
+        visit_BV=torch.ones_like(batch.visit_BV),
+        ids=batch.ids,
+    )
