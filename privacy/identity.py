@@ -24,6 +24,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
+from privacy.chain import sync_folder
+
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
@@ -187,31 +189,7 @@ def read_secret(path: Path) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path}: a key must be a plain file, not a link or folder; put the key itself there")
     if stat.S_IMODE(status.st_mode) & 0o077:
-        raise ValueError(f"{path}: mode {stat.S_IMODE(status.st_mode):04o} lets others read the key; run chmod 600 on it")
+        raise ValueError(
+            f"{path}: mode {stat.S_IMODE(status.st_mode):04o} lets others read the key; run chmod 600 on it"
+        )
     return path.read_bytes()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable: after a rename or a new file, fsync of the file alone is not enough."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace ``path`` by ``data`` so that a crash at any instant leaves either the old content or the new, on disk."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            os.fchmod(stream.fileno(), mode)
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)

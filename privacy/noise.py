@@ -157,7 +157,7 @@ def test_noise(*labels: str | int) -> NoiseSource:
 
     Equal labels give equal noise on every machine; anything made with it is *not private* and must say so.
     """
-    text = "\x1f".join(f"{type(label).__name__}:{label}" for label in labels)
+    text = "".join(f"{type(label).__name__}:{len(str(label))}:{label};" for label in labels)
     return ChaChaNoise(hashlib.sha256(b"medgen test noise\x00" + text.encode()).digest(), deterministic=True)
 
 

@@ -24,7 +24,9 @@ def _audit() -> None:
 @release.command("verify")
 def verify(
     bundle: Annotated[Path, typer.Argument(help="The bundle folder.", exists=True, file_okay=False)],
-    key: Annotated[Path, typer.Option(help="The coordinator's public key, one line of hex.", exists=True, dir_okay=False)],
+    key: Annotated[
+        Path, typer.Option(help="The coordinator's public key, one line of hex.", exists=True, dir_okay=False)
+    ],
 ) -> None:
     """Check every byte of a bundle against its signed manifest, offline. Exit code 1 on any doubt."""
     from server.console import print_verification

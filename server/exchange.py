@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from privacy.boundary.messages import (
+    REPLIES,
     Capabilities,
     CapabilitiesRequest,
+    Refusal,
     Reply,
     Request,
-    from_bytes,
+    parse_as,
     to_bytes,
 )
 from privacy.boundary.refusals import Refused
-from privacy.boundary.messages import Refusal
 from server.events import EventLog
 
 BODY = "body"
@@ -103,9 +105,6 @@ def _read(message: Message) -> Reply:
         return UNAVAILABLE
     try:
         body = message.content.config_records[BODY][BODY]
-        answer = from_bytes(body if isinstance(body, bytes) else b"")
-    except (Refused, KeyError, ValueError):
+        return cast(Reply, parse_as(body if isinstance(body, bytes) else b"", REPLIES))
+    except (Refused, KeyError):
         return UNAVAILABLE
-    if isinstance(answer, Request):
-        return UNAVAILABLE
-    return answer

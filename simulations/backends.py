@@ -76,9 +76,9 @@ def run(backend: Backend, run_dir: Path, sites_dir: Path, sites: int, finished: 
 
 def _inprocess(config: Mapping[str, str], sites: int) -> None:
     from flwr.app import Context, RecordDict
+    from server.app import app as server_app
 
     from client.app import app as client_app
-    from server.app import app as server_app
     from simulations.grid import InProcessGrid
 
     grid = InProcessGrid(client_app, sites, dict(config))

@@ -22,6 +22,8 @@ VOXELS = 32
 VOXEL_MM = 6.0
 MRI_HIGH = 1000.0
 SUV_HIGH = 4.0
+MRI_BLUR = 0.45
+PET_BLUR = 0.7
 
 TISSUES: tuple[str, ...] = (
     "scalp",
@@ -47,7 +49,7 @@ CONTRAST: dict[str, tuple[float, ...]] = {
     "PD": (0.66, 0.08, 0.42, 0.94, 0.74, 0.56, 0.64, 0.70, 0.88, 0.80, 0.84, 0.84),
 }
 # Uptake in SUV (g/ml) at a cerebellar value that makes the pictures fill the public range.
-FDG: tuple[float, ...] = (0.30, 0.15, 0.45, 0.15, 2.45, 0.95, 2.75, 2.05, 0.60, 3.60, 1.00, 1.10)
+FDG: tuple[float, ...] = (0.35, 0.15, 0.50, 0.15, 3.15, 1.15, 3.20, 2.15, 0.60, 3.90, 1.10, 1.20)
 AV45: tuple[float, ...] = (0.45, 0.35, 0.50, 0.35, 1.00, 1.95, 1.35, 1.30, 0.80, 1.50, 1.30, 1.40)
 
 LESION_SITES_MM: tuple[tuple[float, float, float], ...] = (
@@ -168,7 +170,7 @@ def tissue_fractions(latents: Latents, lesions: Lesions, fold_B3: F32) -> F32:
     head = latents.head_scale.astype(np.float32)
     one = np.ones_like(head)
     atrophy = np.clip(latents.neurodegeneration, 0.0, 1.0).astype(np.float32)[:, None, None, None]
-    fold = folds(11, 27.0)[None] + 0.25 * sum(
+    fold = folds(11, 24.0)[None] + 0.25 * sum(
         fold_B3[:, k, None, None, None] * folds(20 + k, 31.0)[None] for k in range(3)
     )
     x = np.abs(axis_mm())[None, :, None, None]
@@ -184,7 +186,7 @@ def tissue_fractions(latents: Latents, lesions: Lesions, fold_B3: F32) -> F32:
     vault = ellipsoid(head, (0, -1, 6), (68.5, 83.5, 71))
 
     ribbon = np.float32(3.6) * latents.cortex_mm.astype(np.float32)[:, None, None, None]
-    grey = np.float32(1.0) - soft(cerebrum - ribbon * (1.0 + 0.55 * fold), 6.0)
+    grey = np.float32(1.0) - soft(cerebrum - ribbon * (1.0 + 0.65 * fold), 6.0)
     sulcus = soft(5.0 * (fold - 0.75) + 5.5 * atrophy, 5.0) * soft(11.0 + 5.0 * atrophy - cerebrum, 8.0)
     fissure = soft(2.2 + 3.0 * atrophy - x) * soft(24.0 - cerebrum, 10.0) * soft(z - 4.0, 10.0)
     sylvian = soft(both_sides(head, (50, 8, -3), (16, 24, 3.5 * one + 5.0 * atrophy[:, 0, 0, 0])))
@@ -273,7 +275,9 @@ def cortical_map(name: str) -> F32:
         case "temporoparietal":
             field = blob(44, -34, 26, 24) + 0.8 * blob(48, -8, -18, 20) + 0.8 * blob(4, -44, 34, 18)
         case "association":
-            field = blob(30, 40, 24, 30) + blob(44, -30, 26, 28) + 0.7 * blob(6, -40, 34, 22) + 0.5 * blob(46, 0, -14, 22)
+            field = 1.6 * (
+                blob(30, 40, 24, 32) + blob(44, -30, 26, 30) + 0.8 * blob(6, -40, 34, 24) + 0.6 * blob(46, 0, -14, 24)
+            )
         case _:
             raise ValueError(f"unknown cortical map {name!r}; known maps are temporoparietal and association")
     return np.minimum(field, 1.0).astype(np.float32)
@@ -287,7 +291,7 @@ def render_mri(
     contrast_ST = np.asarray([CONTRAST[s] for s in sequences], np.float32)
     weights_BT = contrast_ST[sequence_B] * (1.0 + 0.02 * rng.standard_normal((n, len(TISSUES)))).astype(np.float32)
     image = np.matmul(weights_BT[:, None], fractions_BTXYZ.reshape(n, len(TISSUES), -1)).reshape(n, *(VOXELS,) * 3)
-    image = blur(image, 0.45)
+    image = blur(image, MRI_BLUR)
     if profile.contrast != 1.0:
         image = np.power(np.maximum(image, 0.0), np.float32(profile.contrast))
     mm = axis_mm() / np.float32(93.0)
@@ -300,21 +304,29 @@ def render_mri(
     return np.clip(np.abs(image * field * gain + noise), 0.0, 1.0) * np.float32(MRI_HIGH)
 
 
-def render_pet(
-    fractions_BTXYZ: F32, latents: Latents, tracer: str, profile: Profile, rng: np.random.Generator
-) -> F32:
-    """PET in SUV (g/ml): regional uptake on the same tissue fractions, scanner blur, activity noise."""
-    n = len(fractions_BTXYZ)
-    uptake = np.asarray(FDG if tracer == "FDG" else AV45, np.float32)
-    activity = np.tensordot(uptake, fractions_BTXYZ, axes=(0, 1))
+def uptake(fractions_BTXYZ: F32, suvr_B: NDArray[np.float64], tracer: str) -> F32:
+    """Noiseless activity in SUV (g/ml) for a cortical uptake ratio, after scanner blur.
+
+    Disease lowers FDG in the temporoparietal cortex and raises AV45 in the association cortex; the rest stays.
+    """
     grey = fractions_BTXYZ[:, TISSUES.index("grey")]
-    if tracer == "FDG":
-        depth = (1.30 - latents.fdg_suvr).astype(np.float32) * np.float32(2.9)
-        activity = activity - grey * cortical_map("temporoparietal") * depth[:, None, None, None]
-    else:
-        gain = (latents.av45_suvr - 0.95).astype(np.float32) * np.float32(3.0)
-        activity = activity + grey * cortical_map("association") * gain[:, None, None, None]
-    activity = blur(np.maximum(activity, 0.0), 0.7)
+    match tracer:
+        case "FDG":
+            activity = np.tensordot(np.asarray(FDG, np.float32), fractions_BTXYZ, axes=(0, 1))
+            change, field = 3.8 * (suvr_B - 1.25), cortical_map("temporoparietal")
+        case "AV45":
+            activity = np.tensordot(np.asarray(AV45, np.float32), fractions_BTXYZ, axes=(0, 1))
+            change, field = 4.5 * (suvr_B - 0.95), cortical_map("association")
+        case _:
+            raise ValueError(f"unknown tracer {tracer!r}; known tracers are FDG and AV45")
+    activity = activity + grey * field * change.astype(np.float32)[:, None, None, None]
+    return blur(np.maximum(activity, 0.0), PET_BLUR)
+
+
+def render_pet(fractions_BTXYZ: F32, latents: Latents, tracer: str, profile: Profile, rng: np.random.Generator) -> F32:
+    """PET in SUV (g/ml): regional uptake on the same tissue fractions, then dose and activity noise."""
+    n = len(fractions_BTXYZ)
+    activity = uptake(fractions_BTXYZ, latents.fdg_suvr if tracer == "FDG" else latents.av45_suvr, tracer)
     dose = np.float32(profile.pet_gain) * (1.0 + 0.05 * rng.standard_normal((n, 1, 1, 1))).astype(np.float32)
     noise = rng.standard_normal(activity.shape, dtype=np.float32) * (0.02 + 0.03 * np.sqrt(activity))
     return np.clip(activity * dose + np.float32(profile.noise) * noise, 0.0, SUV_HIGH)

@@ -34,7 +34,7 @@ def column(values: FloatB) -> F32:
 
 def effusion_height(fluid_l: FloatB) -> FloatB:
     """Height of the pleural fluid above the costophrenic angle, pixels; none below 0.7 litres of overload."""
-    return np.asarray(7.0 * np.maximum(fluid_l - 0.7, 0.0) ** 0.8)
+    return np.asarray(5.0 * np.maximum(fluid_l - 0.7, 0.0) ** 0.85)
 
 
 def render_film(
@@ -65,15 +65,15 @@ def render_film(
 
     # Lungs: two fields, wide below, that end on the diaphragm; the right dome stands higher.
     lungs = np.zeros((n, PIXELS, PIXELS), np.float32)
-    base = np.zeros_like(lungs)
+    space, base = np.zeros_like(lungs), np.zeros_like(lungs)
     for side, dome in ((-1.0, 47.0), (1.0, 49.0)):
         middle = side * 12.4 * size
         across = (dx - middle) / (10.6 * size)
         floor = (dome + breath) + 3.8 * (across - 0.1 * side) ** 2 + 2.5 * np.maximum(across * side, 0.0) ** 3
         taper = 1.0 - 0.55 * np.clip((26.0 - y) / 22.0, 0.0, 1.0) ** 1.8
-        field = edge((taper - np.abs(across + 0.18 * side * (1 - taper))) * 10.6, 1.8)
-        field = field * edge(floor - y, 1.6) * edge(y - 5.5, 2.0)
-        lungs = np.maximum(lungs, field)
+        inward = (taper - np.abs(across + 0.18 * side * (1 - taper))) * 10.6
+        lungs = np.maximum(lungs, edge(inward, 1.8) * edge(y - 5.5, 2.0) * edge(floor - y, 1.6))
+        space = np.maximum(space, edge(inward + 1.6, 1.8))
         base = np.where(side * dx > 0, floor, base)
     density = density * (1.0 - lungs) + lungs * 0.20
 
@@ -85,27 +85,28 @@ def render_film(
     density = density + lungs * (0.10 + 0.03 * wet) * branches * np.exp(-hilum / 160.0)
     density = density + lungs * (0.05 + 0.055 * wet) * np.exp(-hilum / 90.0)
 
-    # Consolidation at one base, a little above the fluid.
-    patch = (dx - np.where(side_B == 0, -13.0, 13.0)[:, None, None]) ** 2 / 30.0 + (y - 37.0) ** 2 / 26.0
+    # Consolidation in one upper field, clear of heart, hilum and fluid.
+    patch = (dx - np.where(side_B == 0, -16.0, 16.0)[:, None, None]) ** 2 / 22.0 + (y - 19.0) ** 2 / 26.0
     density = density + lungs * 0.30 * column(latents.pneumonia.astype(np.float64)) * np.exp(-patch)
 
     # Effusion: fills the base, highest at the chest wall, with a meniscus.
     height = column(effusion_height(fluid_l))
     lateral = np.clip((np.abs(dx) - 6.0) / 17.0, 0.0, 1.0) ** 1.5
     level = base + 3.0 - height * (0.55 + 0.75 * lateral)
-    fluid = edge(y - level, 2.5) * edge(height - 0.4, 1.5) * lungs
+    fluid = edge(y - level, 2.5) * edge(height - 0.4, 1.5) * space * edge(base + 2.0 - y, 1.6)
     density = density * (1.0 - fluid) + fluid * 0.63
 
     # Mediastinum, heart and great vessels in front of the spine.
     width = column(latents.heart_ratio + 0.006 * np.clip(fluid_l, 0, 4)) * THORAX_PIXELS * size
-    left, right = 0.66 * width, 0.34 * width
-    along = dx + 0.30 * (y - 40.0) * 0.35
-    reach = np.where(along > 0, left, right)
-    bulk = np.sqrt((along / reach) ** 2 + ((y - 40.0 - breath) / (0.40 * width + 2.0)) ** 2)
-    heart = edge((1.0 - bulk) * 11.0, 2.2) * edge(base + 4.0 - y, 4.0)
-    stalk = edge(4.3 + 0.6 * np.sin(y / 5.0) - np.abs(dx), 1.8) * edge(y - 4.0, 3.0)
-    knob = edge(4.2 - np.sqrt((dx - 3.6) ** 2 + (y - 20.0) ** 2), 1.8)
-    middle_mask = np.maximum(np.maximum(heart, stalk), knob) * torso
+    tall, lean = 0.38 * width + 1.0, 0.42  # the apex points down and to the patient's left
+    reach = np.sqrt(np.maximum(0.25 * width**2 - (lean * tall) ** 2, 9.0))
+    down = y - 40.5 - breath
+    bulk = np.sqrt(((dx - 0.17 * width - lean * down) / reach) ** 2 + (down / tall) ** 2)
+    heart = edge((1.0 - bulk) * 10.0, 2.0) * edge(base + 4.0 - y, 4.0)
+    stalk = edge(4.2 + 1.2 * edge(y - 22.0, 8.0) - np.abs(dx - 0.4), 1.8) * edge(y - 4.0, 3.0)
+    knob = edge(4.0 - np.sqrt((dx - 2.8) ** 2 + (0.85 * (y - 19.0)) ** 2), 1.8)
+    trunk = edge(4.2 - np.sqrt((dx - 3.6) ** 2 + (0.8 * (y - 27.5)) ** 2), 1.8)
+    middle_mask = np.maximum(np.maximum(heart, stalk), np.maximum(knob, trunk)) * torso
     density = density * (1.0 - middle_mask) + middle_mask * 0.70
     spine = edge(2.6 - np.abs(dx), 1.5)
     density = density + spine * (0.07 + 0.025 * np.cos(2 * np.pi * y / 4.2)) * torso
@@ -118,10 +119,10 @@ def render_film(
     cage = edge(24.5 * size - reach_out, 2.0) * edge(reach_out - 3.0, 1.5)
     for k in range(9):
         back = 7.5 + 4.9 * k - 0.020 * (reach_out - 12.0) ** 2 + 0.10 * reach_out
-        ribs = ribs + np.exp(-((y - back) ** 2) / 1.1) * 0.075
+        ribs = ribs + np.exp(-((y - back) ** 2) / 1.1) * 0.095
         if 2 <= k <= 6:
             front = 9.0 + 5.4 * k + 0.45 * (14.0 - reach_out)
-            ribs = ribs + np.exp(-((y - front) ** 2) / 1.6) * 0.035 * edge(reach_out - 9.0, 5.0)
+            ribs = ribs + np.exp(-((y - front) ** 2) / 1.6) * 0.045 * edge(reach_out - 9.0, 5.0)
     density = density + ribs * cage * edge(54.0 - y, 4.0)
     collar = 9.5 - 0.20 * (reach_out - 3.0)
     density = density + np.exp(-((y - collar) ** 2) / 1.3) * 0.13 * edge(reach_out - 3.5, 2.0) * edge(24.0 - reach_out)

@@ -45,7 +45,7 @@ class Profile:
 
     age_years: float = 61.0
     severity_shift: float = 0.0
-    pathology_mix: tuple[float, float, float, float] = (0.3, 0.22, 0.2, 0.28)
+    pathology_mix: tuple[float, float, float, float] = (0.34, 0.22, 0.22, 0.22)
     male_share: float = 0.5
     contrast: float = 1.0
     mri_gain: float = 1.0
@@ -160,22 +160,22 @@ def draw_latents(patients: int, profile: Profile, rng: np.random.Generator) -> L
     bmi = np.clip(26.0 * np.exp(0.15 * normal(n)), 17.0, 45.0)
     severity = sigmoid(profile.severity_shift - 0.2 + 0.025 * (age - 61.0) + 1.1 * normal(n))
 
-    tilt_B4 = np.stack([-1.2 * severity, 0.3 * severity, -0.05 * (age - 61.0), 0.04 * (age - 61.0) + 1.0 * severity], 1)
+    tilt_B4 = np.stack([-1.2 * severity, 0.3 * severity, -0.05 * (age - 61.0), 0.04 * (age - 61.0) + 0.8 * severity], 1)
     pathology = draw_categories(np.asarray(profile.pathology_mix) * np.exp(tilt_B4), rng)
     glioma, sclerosis, dementia = (pathology == k for k in (1, 2, 3))
     neuro = 0.06 + 0.20 * severity + 0.004 * (age - 61.0) + dementia * (0.22 + 0.32 * severity)
     neuro = np.clip(neuro + 0.07 * glioma * severity + 0.09 * sclerosis * severity + 0.05 * normal(n), 0.01, 1.0)
-    ventricle = 14.0 + 78.0 * neuro + 2.5 * normal(n)
+    ventricle = 14.0 + 78.0 * neuro + 3.0 * normal(n)
     hippocampus = np.clip(7.6 - 4.6 * neuro + 0.3 * normal(n), 2.2, 9.0)
     cortex = np.clip(3.0 - 0.9 * neuro + 0.08 * normal(n), 1.8, 3.3)
     head = 1.0 + 0.022 * (male - 0.5) + 0.0012 * (height - 163.0 - 13.0 * male) + 0.012 * normal(n)
 
     risk = sigmoid(-1.5 + 1.3 * dementia)
     apoe4 = (rng.random(n) < risk).astype(np.int64) + (rng.random(n) < 0.5 * risk)
-    positive = sigmoid(-2.6 + 4.2 * neuro + 1.1 * apoe4 + 0.03 * (age - 61.0))
+    positive = sigmoid(-3.2 + 6.0 * neuro + 1.1 * apoe4 + 0.03 * (age - 61.0))
     amyloid = (rng.random(n) < positive).astype(np.int64)
-    fdg = 1.30 - 0.62 * neuro + 0.035 * normal(n)
-    av45 = np.where(amyloid == 1, 1.55 + 0.2 * neuro + 0.08 * normal(n), 0.95 + 0.05 * normal(n))
+    fdg = 1.25 - 0.36 * neuro + 0.13 * normal(n)
+    av45 = np.where(amyloid == 1, 1.32 + 0.15 * neuro + 0.06 * normal(n), 0.95 + 0.05 * normal(n))
 
     cardiac = sigmoid(-1.1 + 2.2 * (severity - 0.45) + 0.03 * (age - 61.0) + 0.06 * (bmi - 26.0) + 0.9 * normal(n))
     heart = 0.42 + 0.17 * cardiac + 0.012 * normal(n)

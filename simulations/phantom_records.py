@@ -22,10 +22,12 @@ def make_table(latents: Latents, rng: np.random.Generator) -> pd.DataFrame:
     """
     n, normal = len(latents), rng.standard_normal
     neuro, cardiac, severity = latents.neurodegeneration, latents.cardiac, latents.severity
-    mmse = np.clip(np.round(29.6 - 27.0 * np.maximum(neuro - 0.03, 0.0) + 1.2 * normal(n)), 0, 30)
-    adas = np.clip(np.round(5.0 + 62.0 * neuro**1.15 + 3.0 * normal(n)), 0, 70)
-    systolic = 116.0 + 0.45 * (latents.age_years - 61.0) + 0.5 * (latents.bmi - 26.0) + 150.0 * cardiac * (0.75 - cardiac)
-    bnp = np.exp(3.1 + 3.6 * cardiac + 0.28 * latents.fluid_current_l + 0.30 * normal(n))
+    mmse = np.clip(np.round(29.6 - 27.0 * np.maximum(neuro - 0.03, 0.0) + 2.2 * normal(n)), 0, 30)
+    adas = np.clip(np.round(np.maximum(5.0 + 62.0 * neuro**1.15 + 3.0 * normal(n), 0.0)), 0, 70)
+    systolic = (
+        116.0 + 0.45 * (latents.age_years - 61.0) + 0.5 * (latents.bmi - 26.0) + 150.0 * cardiac * (0.75 - cardiac)
+    )
+    bnp = np.exp(3.8 + 3.0 * cardiac + 0.18 * latents.fluid_current_l + 0.25 * normal(n))
     creatinine = 0.75 + 0.2 * latents.male + 1.8 * np.maximum(cardiac - 0.45, 0.0)
     creatinine = (creatinine + 0.018 * np.maximum(latents.age_years - 70.0, 0.0)) * np.exp(0.12 * normal(n))
     crp = np.where(latents.pneumonia == 1, np.exp(4.6 + 0.35 * normal(n)), np.exp(1.3 + 0.6 * normal(n)))
@@ -41,7 +43,7 @@ def make_table(latents: Latents, rng: np.random.Generator) -> pd.DataFrame:
             "mmse": mmse,
             "adas": adas,
             "apoe4": np.asarray(["0", "1", "2"], dtype=object)[latents.apoe4],
-            "bnp_pg_ml": np.clip(np.round(bnp), 5, 3000),
+            "bnp_pg_ml": np.clip(np.round(bnp), 5, 2000),
             "creatinine_mg_dl": np.clip(np.round(creatinine, 2), 0.3, 6.0),
             "crp_mg_l": np.clip(np.round(crp, 1), 0.2, 300.0),
             "pathology": np.asarray(PATHOLOGIES, dtype=object)[latents.pathology],
@@ -81,7 +83,9 @@ def make_vitals(latents: Latents, recorded_B: NDArray[np.bool_], rng: np.random.
         patient = np.repeat(np.arange(len(latents)), rng.poisson(mean))
         minute = np.floor(rng.random(len(patient)) * WINDOW_HOURS * 60.0)
         value = _channel(name, latents, patient, minute, rng)
-        frames.append(pd.DataFrame({"patient": patient, "minute": minute.astype(np.int64), "channel": channel, "value": value}))
+        frames.append(
+            pd.DataFrame({"patient": patient, "minute": minute.astype(np.int64), "channel": channel, "value": value})
+        )
     events = pd.concat(frames).drop_duplicates(["patient", "minute", "channel"])
     events = events.sort_values(["patient", "minute", "channel"], ignore_index=True)
     events["channel"] = np.asarray(CHANNELS, dtype=object)[events["channel"].to_numpy()]
@@ -125,6 +129,8 @@ def make_notes(latents: Latents, written_B: NDArray[np.bool_], rng: np.random.Ge
             notes.append("")
             continue
         home = "lives alone, no help at home" if latents.lives_alone[row] else "lives with family who help daily"
-        breath = "short of breath when lying flat" if latents.fluid_current_l[row] > 1.5 else "lies flat without trouble"
+        breath = (
+            "short of breath when lying flat" if latents.fluid_current_l[row] > 1.5 else "lies flat without trouble"
+        )
         notes.append(f"Patient {reasons[which[row]]}; {home}; {breath}.")
     return tuple(notes)

@@ -9,6 +9,7 @@ Shape legend: B patients, I instances, V visits.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ from simulations.phantom_population import (
     draw_categories,
     draw_latents,
 )
+from simulations.phantom_sheet import contact_sheet
 
 __all__ = ["Phantoms", "Profile", "attributes", "contact_sheet", "demo_schema", "make_patients", "to_batch"]
 
@@ -154,7 +156,7 @@ def demo_schema() -> Schema:
                     number("mmse", 0, 30, "points"),
                     number("adas", 0, 70, "points"),
                     label("apoe4", "0", "1", "2"),
-                    number("bnp_pg_ml", 0, 3000, "pg/ml"),
+                    number("bnp_pg_ml", 0, 2000, "pg/ml"),
                     number("creatinine_mg_dl", 0.2, 8, "mg/dl"),
                     number("crp_mg_l", 0, 300, "mg/l"),
                     label("pathology", *PATHOLOGIES),
@@ -309,7 +311,9 @@ def to_batch(schema: Schema, phantoms: Phantoms) -> PatientBatch:
                 levels = (
                     np.full(len(phantoms), factor.index(instance.fixed[factor.name]))
                     if factor.name in instance.fixed
-                    else np.asarray([factor.levels.index(v) + 1 if isinstance(v, str) else 0 for v in phantoms.table[factor.column]])
+                    else np.asarray(
+                        [factor.levels.index(v) + 1 if isinstance(v, str) else 0 for v in phantoms.table[factor.column]]
+                    )
                 )
                 batch.factor_BVIF[:, 0, place, names.index(factor.name)] = torch.from_numpy(levels.astype(np.int64))
         batch.factor_BVIF[:, 0, place][~batch.present_BVI[:, 0, place]] = 0
@@ -343,8 +347,6 @@ def bin_events(slot: Slot, events: pd.DataFrame, patients: int) -> NDArray[np.fl
 
 def encode_notes(slot: Slot, notes: tuple[str, ...]) -> NDArray[np.float32]:
     """Signed hashing of the words of each note into ``width`` numbers of about unit length (B, tokens, width)."""
-    import hashlib
-
     out = np.zeros((len(notes), slot.tokens, slot.width), np.float32)
     for row, note in enumerate(notes):
         for word in note.lower().replace(";", " ").replace(".", " ").replace(",", " ").split():

@@ -136,12 +136,14 @@ class TableSource(_Frozen):
     Attributes:
         file: csv, tsv or parquet below the data root; empty means ``<slot>.parquet|csv|tsv``, whichever is there.
         id_column: empty means the id column of the participants file.
+        columns: this hospital's own column names -> names of the schema, where ``Column.source`` does not settle it.
         visit_column: session label, if the file has this column; without it a row describes the first visit.
     """
 
     reader: Literal["table"] = "table"
     file: str = ""
     id_column: str = ""
+    columns: dict[str, str] = Field(default_factory=dict)
     visit_column: str = "session_id"
 
 
@@ -150,6 +152,8 @@ class SeriesSource(_Frozen):
 
     Attributes:
         file: csv, csv.gz, tsv or parquet; empty means ``<slot>.parquet|csv|csv.gz|tsv``, whichever is there.
+        channels: this hospital's own channel names -> names of the schema, where ``Column.source`` does not settle it;
+            two names may feed one channel (cuff and catheter pressure).
         minutes_per_unit: minutes in one unit of ``time_column``.
     """
 
@@ -159,6 +163,7 @@ class SeriesSource(_Frozen):
     time_column: str = "minute"
     channel_column: str = "channel"
     value_column: str = "value"
+    channels: dict[str, str] = Field(default_factory=dict)
     minutes_per_unit: float = Field(default=1.0, gt=0)
     visit_column: str = "session_id"
 
@@ -193,8 +198,8 @@ class DataConfig(_Frozen):
         participants: csv, tsv or parquet with one row per patient, below ``root``; it lists who is in the study.
         id_column: column of patient ids, here and (unless said otherwise) in every table.
         include: keep only patients that match; absent: all.
-        ignore: columns that are in the files and are knowingly not used. A column that is neither used nor listed
-            here is named as a problem of its file.
+        ignore: columns and channels that are in the files and are knowingly not used. One that is neither used nor
+            listed here is named as a problem of its file.
         slots: how to read a slot, where the default of its kind does not fit.
     """
 
@@ -225,7 +230,7 @@ class DataConfig(_Frozen):
             case "text":
                 default = NotesSource()
             case "signal":
-                raise ValueError(f"slot {slot.name}: kind 'signal' has no reader yet; leave the slot out at this site")
+                raise ValueError(f"slot {slot.name}: a site cannot read kind 'signal'; leave the slot out at this site")
         chosen = self.slots.get(slot.name, default)
         if type(chosen) is not type(default):
             raise ValueError(

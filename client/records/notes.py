@@ -1,0 +1,45 @@
+"""Notes: free text per patient -> the study's fixed hashing code; the text itself is kept nowhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+
+from client.records.config import NotesSource
+from client.records.draft import Draft
+from client.records.tables import name_unknown, rows_and_visits
+from medgen_models.codecs.text import hash_encode
+from medgen_models.schema import Slot
+
+
+def read_slot(
+    draft: Draft, slot: Slot, source: NotesSource, file: str, table: pd.DataFrame, id_column: str, known: set[str]
+) -> None:
+    """Fill the text slot from ``table`` (all text); several notes of one patient and visit are joined in file order.
+
+    Args:
+        draft: filled here.
+        slot: the text slot.
+        source: the site's way of reading it.
+        file: how problems call the file.
+        table: from :func:`client.records.tables.read_table`.
+        id_column: column of patient ids.
+        known: further columns that are used or knowingly not used.
+    """
+    used_columns = {id_column, source.text_column, source.visit_column}
+    name_unknown(draft, file, "columns", sorted(set(map(str, table.columns)) - used_columns - known))
+    row, visit = rows_and_visits(draft, table, id_column, source.visit_column)
+    draft.counts[f"{slot.name}: notes of sessions beyond the study's visits, left out"] += int(
+        ((row >= 0) & (visit < 0)).sum()
+    )
+    written = (table[source.text_column] != "").to_numpy(dtype=bool)
+    texts: dict[tuple[int, int], list[str]] = {}
+    for line in np.flatnonzero((row >= 0) & (visit >= 0) & written):
+        texts.setdefault((int(row[line]), int(visit[line])), []).append(str(table[source.text_column].iloc[line]))
+    values = torch.zeros(len(draft.ids), draft.schema.max_visits, slot.tokens, slot.width)
+    present_BV = torch.zeros(len(draft.ids), draft.schema.max_visits, dtype=torch.bool)
+    for (r, v), notes in texts.items():
+        values[r, v] = hash_encode(" ".join(notes), slot.tokens, slot.width)
+        present_BV[r, v] = True
+    draft.put_rows(slot, values, present_BV)

@@ -1,0 +1,236 @@
+"""Tables: one row per patient (and session) -> public columns, scaled, with a problem for each value that breaks a rule.
+
+Text and binary tables are read alike: every cell as its shortest text, so that ``1``, ``1.0`` and ``"1"`` are one value
+and an identifier survives a detour through a spreadsheet. Empty cells and the usual words for "nothing" are missing,
+and so are a column's missing codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from client.records.config import TableSource
+from client.records.draft import Draft
+from client.records.problems import BadRecord, Problem, short
+from medgen_models.schema import Column, Slot, scale
+
+MISSING = frozenset({"", "n/a", "na", "nan", "null", "none", "<na>", "nat"})
+"""Spellings of "not recorded", compared in lower case; ``n/a`` is the one of BIDS."""
+
+EXTENSIONS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A cell that breaks a rule: its row in the table, what stands there, the rule and the remedy."""
+
+    row: int
+    value: str
+    rule: str
+    remedy: str
+
+
+def canonical_text(value: object) -> str:
+    """Shortest spelling of a cell: no blanks around it, whole numbers without a decimal point.
+
+    >>> canonical_text(" 2.0 "), canonical_text(2), canonical_text("T1w")
+    ('2', '2', 'T1w')
+    """
+    text = str(value).strip()
+    if "." in text:
+        head, _, tail = text.partition(".")
+        if head.lstrip("-").isdigit() and tail and not tail.strip("0"):
+            return head
+    return text
+
+
+def canonical_id(value: object) -> str:
+    """A patient's identifier without the ``sub-`` that BIDS puts before it, for joining tables.
+
+    >>> canonical_id("sub-007"), canonical_id(132539.0)
+    ('007', '132539')
+    """
+    return canonical_text(value).removeprefix("sub-")
+
+
+def find_table(root: Path, file: str, stems: tuple[str, ...]) -> Path | None:
+    """The file that the site named, or the first of ``<stem><extension>`` that is there; None if there is none."""
+    if file:
+        return root / file if (root / file).is_file() else None
+    candidates = (root / f"{stem}{extension}" for stem in stems for extension in EXTENSIONS)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_frame(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """A csv, tsv or parquet file with the file's own types; only ``columns`` if given (those that are there)."""
+    if path.name.endswith(".parquet"):
+        if columns is not None:
+            import pyarrow.parquet as pq
+
+            columns = [c for c in pq.read_schema(path).names if c in columns]
+        return pd.read_parquet(path, columns=columns)
+    separator = "\t" if ".tsv" in path.suffixes else ","
+    wanted = None if columns is None else (lambda name: name in columns)
+    return pd.read_csv(path, sep=separator, usecols=wanted, low_memory=False, encoding="utf-8-sig")
+
+
+def read_table(path: Path, name: str, required: tuple[str, ...]) -> pd.DataFrame:
+    """A table with every cell as text, empty where missing.
+
+    Args:
+        path: csv, tsv or parquet.
+        name: how problems call the file.
+        required: columns that have to be there.
+
+    Raises:
+        BadRecord: the file cannot be read, or lacks a required column.
+    """
+    try:
+        if path.name.endswith(".parquet"):
+            frame = pd.read_parquet(path)
+        else:
+            separator = "\t" if ".tsv" in path.suffixes else ","
+            frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except Exception as error:  # a damaged file can make the library raise anything
+        raise BadRecord(
+            Problem(name, "content", type(error).__name__, "the table can be read", "export it again as csv or parquet")
+        ) from None
+    frame.columns = [str(column).strip() for column in frame.columns]
+    missing = [column for column in required if column not in frame.columns]
+    if missing:
+        raise BadRecord(
+            Problem(name, "columns", short(", ".join(frame.columns)), f"has column {missing[0]}",
+                    "name the column in data.slots, or export it")
+        )  # fmt: skip
+    text = pd.DataFrame({c: frame[c].astype(object).where(frame[c].notna(), "").map(canonical_text) for c in frame})
+    return text.map(lambda cell: "" if cell.lower() in MISSING else cell)
+
+
+def parse_column(cells: pd.Series[str], column: Column) -> tuple[np.ndarray, list[Cell]]:
+    """One column of text as numbers in the schema's terms.
+
+    Returns:
+        float32 values, one per row: scaled to [-1, 1] (numeric) or the category's index; NaN where missing or bad; and
+        the cells that break a rule.
+    """
+    numbers = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
+    empty = (cells == "").to_numpy(dtype=bool) | np.isin(numbers, np.asarray(column.missing_codes, dtype=np.float64))
+    if column.kind == "categorical":
+        index = {level: float(i) for i, level in enumerate(column.categories)}
+        values = cells.map(lambda cell: column.aliases.get(cell, cell)).map(index).to_numpy(dtype=np.float64)
+        bad = np.isnan(values) & ~empty
+        rule = f"one of {', '.join(column.categories)}"
+        remedy = "correct it, or ask the study to add the level or an alias"
+        found = [Cell(int(row), str(cells.iloc[row]), rule, remedy) for row in np.flatnonzero(bad)]
+        return np.where(empty, np.nan, values).astype(np.float32), found
+    found = []
+    odd = np.isnan(numbers) & ~empty
+    outside = ~empty & ~odd & ~((numbers >= column.low) & (numbers <= column.high))
+    for row in np.flatnonzero(odd):
+        found.append(Cell(int(row), str(cells.iloc[row]), "a number", "correct it or leave the cell empty"))
+    for row in np.flatnonzero(outside):
+        rule = f"from {column.low:g} to {column.high:g} {column.unit}".rstrip()
+        found.append(Cell(int(row), str(cells.iloc[row]), rule, "check the unit, correct it or leave the cell empty"))
+    values = np.where(empty | odd | outside, np.nan, scale(numbers, column.low, column.high))
+    return values.astype(np.float32), found
+
+
+def source_names(slot: Slot, renames: dict[str, str], present: list[str]) -> dict[str, str]:
+    """Name in the file -> name in the schema, for the columns (or channels) of ``slot`` that are in the file.
+
+    The site's own renames go first, then ``Column.source``, then the schema's name.
+    """
+    names: dict[str, str] = {}
+    for column in slot.columns:
+        own = [file for file, ours in renames.items() if ours == column.name and file in present]
+        fallback = [name for name in (column.source, column.name) if name and name in present]
+        for file in own or fallback[:1]:
+            names[file] = column.name
+    return names
+
+
+def rows_and_visits(
+    draft: Draft, table: pd.DataFrame, id_column: str, visit_column: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row of the draft (-1: not in the study) and visit (-1: beyond the schema's visits) of each line of a table."""
+    row_of = {canonical_id(name): row for row, name in enumerate(draft.ids)}
+    codes, unique = pd.factorize(table[id_column])
+    row = np.array([row_of.get(canonical_id(value), -1) for value in unique] + [-1])[codes]
+    visit = np.zeros(len(table), dtype=np.int64)
+    if visit_column in table.columns:
+        labels = table[visit_column].astype(object).where(table[visit_column].notna(), "").map(session_label)
+        pairs = pd.DataFrame({"row": row, "label": labels}).drop_duplicates()
+        place = {(r, s): v for r in pairs["row"].unique() if r >= 0 for v, s in enumerate(draft.sessions[r])}
+        place |= {(r, ""): 0 for r in pairs["row"].unique()}
+        visit = np.array([place.get((r, s), -1) for r, s in zip(row, labels, strict=True)], dtype=np.int64)
+    return row, visit
+
+
+def session_label(value: object) -> str:
+    """A session as its folder is called: ``ses-01`` for ``01`` and ``ses-01``, empty for nothing."""
+    text = canonical_text(value)
+    return text if not text or text.lower() in MISSING or text.startswith("ses-") else f"ses-{text}"
+
+
+def name_unknown(draft: Draft, file: str, kind: str, unknown: list[str]) -> None:
+    """Name once what a file holds and the study does not know; nobody becomes null because of it."""
+    if unknown:
+        draft.note(
+            file, kind, short(", ".join(sorted(unknown)), 200), "known to the study's schema",
+            "not used; list it under data.ignore, or rename it in data.slots",
+        )  # fmt: skip
+
+
+def read_slot(
+    draft: Draft, slot: Slot, source: TableSource, file: str, table: pd.DataFrame, id_column: str, known: set[str]
+) -> None:
+    """Fill the table slot from ``table`` (all text).
+
+    A row with a value that breaks a rule, and a patient (and session) with two rows, make the patient null.
+
+    Args:
+        draft: filled here.
+        slot: the table slot.
+        source: the site's way of reading it.
+        file: how problems call the file.
+        table: from :func:`read_table`.
+        id_column: column of patient ids.
+        known: further columns that are used or knowingly not used.
+    """
+    names = source_names(slot, source.columns, list(table.columns))
+    name_unknown(
+        draft, file, "columns", sorted(set(table.columns) - set(names) - known - {id_column, source.visit_column})
+    )
+    absent = [column.name for column in slot.columns if column.name not in names.values()]
+    if absent:
+        draft.note(
+            file, "columns", short(", ".join(absent), 200), f"a column for each of slot {slot.name}",
+            "all values are taken as missing; rename the column in data.slots if it is there",
+        )  # fmt: skip
+    row, visit = rows_and_visits(draft, table, id_column, source.visit_column)
+    late = (row >= 0) & (visit < 0)
+    draft.counts[f"{slot.name}: rows of sessions beyond the study's visits, left out"] += int(late.sum())
+    used = np.flatnonzero((row >= 0) & (visit >= 0))
+    place = pd.Series(row[used] * draft.schema.max_visits + visit[used])
+    for line in used[place.duplicated(keep="first").to_numpy()]:
+        draft.fail(
+            int(row[line]),
+            Problem(file, id_column, draft.ids[row[line]], "one row per patient and session", "keep one of the rows"),
+        )
+    values_BVC = torch.full((len(draft.ids), draft.schema.max_visits, len(slot.columns)), float("nan"))
+    cells = table.iloc[used].reset_index(drop=True)
+    for source_name, column_name in names.items():
+        c = [column.name for column in slot.columns].index(column_name)
+        values, bad = parse_column(cells[source_name], slot.columns[c])
+        values_BVC[torch.from_numpy(row[used]), torch.from_numpy(visit[used]), c] = torch.from_numpy(values)
+        for cell in bad:
+            patient = int(row[used[cell.row]])
+            draft.fail(patient, Problem(file, source_name, short(cell.value), cell.rule, cell.remedy))
+    present_BV = torch.zeros(len(draft.ids), draft.schema.max_visits, dtype=torch.bool)
+    present_BV[torch.from_numpy(row[used]), torch.from_numpy(visit[used])] = True
+    draft.put_rows(slot, values_BVC, present_BV)

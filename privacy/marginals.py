@@ -1,0 +1,120 @@
+"""Noised table marginals and bounded sums: the statistics that leave a site before any training.
+
+Stage: one Gaussian release per query of the plan; each site adds its own noise.
+
+Covered
+    * k tables of counts are one release: a patient lies in one cell of each, so zeroing a patient moves the stacked
+      tables by at most sqrt(k) in L2. A patient whose code is missing from a table moves it by nothing.
+    * A sum of vectors, each clipped to a public bound, moves by at most that bound.
+    * Values that are not finite, and codes outside the public domain, contribute zero instead of raising: an error
+      would tell that such a patient exists.
+    * Counts and sums are taken in float64; the noised result lies on a public grid (:func:`privacy.noise.to_grid`).
+
+Not covered
+    * The choice of tables, bins and bounds: they are public or the answer of another ledgered query.
+    * Consistency: noised counts may be negative and tables may disagree; repairing that is post-processing.
+    * sigma 0 (not private) gives exact counts on the same path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from privacy.noise import NoiseSource, to_grid
+
+Query = tuple[int, ...]
+
+
+def marginals_sensitivity(tables: int) -> float:
+    """L2 sensitivity of ``tables`` tables of counts, stacked: sqrt(k).
+
+    >>> marginals_sensitivity(16)
+    4.0
+    """
+    if tables < 1:
+        raise ValueError(f"Expected at least one table, got {tables}")
+    return math.sqrt(tables)
+
+
+def count_table(codes_BC: NDArray[np.int64], domain: Sequence[int], query: Query) -> NDArray[np.float64]:
+    """Exact counts of one table, shape the domain sizes of its columns; a row with any code outside counts nowhere."""
+    shape = tuple(domain[column] for column in query)
+    wanted = codes_BC[:, list(query)]
+    inside = ((wanted >= 0) & (wanted < np.asarray(shape))).all(axis=1)
+    cells = np.ravel_multi_index(tuple(wanted[inside].T), shape)
+    return np.bincount(cells, minlength=math.prod(shape)).astype(np.float64).reshape(shape)
+
+
+def noisy_marginals(
+    codes_BC: ArrayLike, domain: Sequence[int], queries: Sequence[Query], sigma: float, noise: NoiseSource
+) -> dict[Query, NDArray[np.float64]]:
+    """All tables, noised as one Gaussian release with std ``sigma * sqrt(len(queries))`` on every cell.
+
+    Args:
+        codes_BC: integer codes, one row per patient and one column per table column; -1 where a patient counts nowhere.
+        domain: number of levels of each column, public.
+        queries: the columns of each table, public, each table once.
+        sigma: noise multiplier, as in the plan's query stage.
+        noise: source of the noise.
+
+    Raises:
+        ValueError: about the public arguments only, never about a patient.
+    """
+    codes = np.asarray(codes_BC, dtype=np.int64)
+    if codes.ndim != 2 or codes.shape[1] != len(domain):
+        raise ValueError(f"Expected codes of shape (patients, {len(domain)}), got {codes.shape}")
+    if any(levels < 1 for levels in domain):
+        raise ValueError(f"Expected at least one level per column, got domain {tuple(domain)}")
+    tables = [tuple(query) for query in queries]
+    if not tables or len(set(tables)) != len(tables):
+        raise ValueError(f"Expected one table or more, each once, got {tables}")
+    for query in tables:
+        if not query or len(set(query)) != len(query) or not all(0 <= column < len(domain) for column in query):
+            raise ValueError(f"Expected distinct columns below {len(domain)} in every table, got {query}")
+    std = _std(sigma, marginals_sensitivity(len(tables)))
+    return {query: _noised(count_table(codes, domain, query), std, noise) for query in tables}
+
+
+def clip_rows(vectors_BD: ArrayLike, bound: float) -> NDArray[np.float64]:
+    """Each row times min(1, bound / its L2 norm), in float64; a row that is not finite becomes zero."""
+    if not 0 < bound < math.inf:
+        raise ValueError(f"Expected a finite bound={bound} > 0")
+    rows = np.asarray(vectors_BD, dtype=np.float64)
+    if rows.ndim != 2:
+        raise ValueError(f"Expected vectors of shape (patients, dimensions), got {rows.shape}")
+    # a finite float64 row can still have an infinite norm: scale by its largest entry before squaring
+    largest = np.abs(rows).max(axis=1, initial=0.0)
+    finite = np.isfinite(largest)
+    safe = np.where(finite[:, None], rows, 0.0)
+    unit = np.where(finite & (largest > 0), largest, 1.0)[:, None]
+    norms = unit[:, 0] * np.minimum(np.linalg.norm(safe / unit, axis=1), np.finfo(np.float64).max / unit[:, 0])
+    return np.asarray(safe * (bound / np.maximum(bound, norms))[:, None], dtype=np.float64)
+
+
+def bounded_mean_sum(
+    vectors_BD: ArrayLike, bound: float, sigma: float, noise: NoiseSource
+) -> NDArray[np.float64]:
+    """Noised sum (D,) of all patients' vectors, each clipped to L2 norm ``bound``; std ``sigma * bound`` per entry.
+
+    For recentring, a patient's vector is the concatenation of that patient's mean tokens of every slot, zero where a
+    slot is absent; whoever wants means of the present ones appends presence indicators to the vector and divides the
+    two noised parts. The sum is divided by public numbers only.
+    """
+    clipped = clip_rows(vectors_BD, bound)
+    return _noised(clipped.sum(axis=0), _std(sigma, bound), noise)
+
+
+def _std(sigma: float, sensitivity: float) -> float:
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"Expected a finite noise multiplier sigma={sigma} >= 0")
+    return sigma * sensitivity
+
+
+def _noised(values: NDArray[np.float64], std: float, noise: NoiseSource) -> NDArray[np.float64]:
+    drawn = noise.gaussian(values.shape, std, dtype=torch.float64)
+    return np.asarray(to_grid(torch.from_numpy(values) + drawn, std).numpy(), dtype=np.float64)

@@ -1,0 +1,173 @@
+"""From a study file to the plan that sites approve: every number that a site will act on, derived from public things.
+
+Inputs are the study file, the schema, the roster that sites signed, and facts measured on the *public* population (clip
+norms, the bound of the recentring query, which pairs of columns to count). No private number enters a plan.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from medgen_models.schema import IMAGE_KINDS, Schema
+from privacy.boundary.plan import (
+    Attack,
+    Audit,
+    CodecTraining,
+    Part,
+    Recentre,
+    Release,
+    RosterEntry,
+    StudyPlan,
+    Table,
+    Training,
+)
+from privacy.plan import DPPlan, QueryStage, TrainingStage, largest_delta
+from server.study import StudyConfig, TrainingConfig
+
+CORE, CODEC, MARGINALS, RECENTRE, AUDIT = "core", "codec", "marginals", "recentre", "audit"
+# Log-loss and log-distance ratios of one patient lie within a few units of 0; a tenth of a unit resolves their order.
+LOSS_THRESHOLDS = tuple(round(-8.0 + 0.1 * i, 10) for i in range(161))
+RATIO_THRESHOLDS = tuple(round(-2.0 + 0.025 * i, 10) for i in range(161))
+
+
+@dataclass(frozen=True)
+class PublicFacts:
+    """What planning needs to know of the public model.
+
+    Attributes:
+        parts: files that every site fetches, in order.
+        core_clip, codec_clip: median per-patient gradient norm of the trained weights on public patients.
+        recentre_bound: L2 bound of a patient's mean-token vector.
+        marginals: column sets of the table to be counted, over columns and presence columns.
+    """
+
+    parts: tuple[Part, ...]
+    core_clip: float
+    codec_clip: float
+    recentre_bound: float
+    marginals: tuple[tuple[int, ...], ...]
+
+
+def build_plan(
+    config: StudyConfig,
+    schema: Schema,
+    facts: PublicFacts,
+    roster: Mapping[str, RosterEntry],
+    coordinator_key: bytes,
+) -> StudyPlan:
+    """The calibrated, unsigned plan of a study.
+
+    Raises:
+        ValueError: a slot that is not in the schema, a delta too large for a declared capacity, or noise of the queries
+            alone above the target.
+    """
+    dp = dp_plan(config, schema, facts)
+    for site, entry in sorted(roster.items()):
+        if config.privacy.delta > largest_delta(entry.n_decl):
+            raise ValueError(
+                f"site {site}: delta {config.privacy.delta:g} is above {largest_delta(entry.n_decl):g} for a declared "
+                f"capacity of {entry.n_decl}; lower privacy.delta"
+            )
+    table = schema.table()
+    return StudyPlan(
+        study=config.name,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        version=version("medgen"),
+        study_schema=schema.model_dump(mode="json"),
+        public_model=facts.parts,
+        roster=dict(sorted(roster.items())),
+        coordinator_key=coordinator_key.hex(),
+        dp=dp.to_dict(),
+        training=Training(
+            group=config.core.group,
+            lora_rank=config.core.lora_rank if config.core.group == "lora" else 0,
+            learning_rate=config.core.learning_rate,
+        ),
+        table=Table(slot=table.name, bins=config.table.bins, marginals=facts.marginals)
+        if table is not None and MARGINALS in _names(dp)
+        else None,
+        recentre=Recentre(slots=_image_slots(schema), bound=facts.recentre_bound) if RECENTRE in _names(dp) else None,
+        codec=CodecTraining(slots=config.codec.slots, learning_rate=config.codec.learning_rate)
+        if config.codec.slots
+        else None,
+        audit=_audit(config),
+        release=Release(
+            patients=config.release.patients,
+            steps=config.release.steps,
+            guidance=config.release.guidance,
+            table_prior=config.table.prior,
+        ),
+        deterministic=config.execution.deterministic,
+    )
+
+
+def dp_plan(config: StudyConfig, schema: Schema, facts: PublicFacts) -> DPPlan:
+    """The promise: every private stage of the study in one joint calibration."""
+    stages: list[TrainingStage | QueryStage] = []
+    if config.codec.slots:
+        unknown = set(config.codec.slots) - {slot.name for slot in schema.slots if slot.codec == "vae"}
+        if unknown:
+            raise ValueError(f"study.codec.slots: {sorted(unknown)} have no vae codec in the schema; remove them")
+    if schema.table() is not None and config.table.prior == "marginals":
+        stages.append(
+            QueryStage(
+                name=MARGINALS,
+                sigma=config.table.sigma,
+                sensitivity=math.sqrt(len(facts.marginals)),
+                spare_rounds=config.table.spare_rounds,
+            )
+        )
+    if config.codec.slots:
+        stages.append(_training(CODEC, config.codec, facts.codec_clip))
+    if config.recentre.enabled and _image_slots(schema):
+        stages.append(
+            QueryStage(
+                name=RECENTRE,
+                sigma=config.recentre.sigma,
+                sensitivity=facts.recentre_bound,
+                spare_rounds=config.recentre.spare_rounds,
+            )
+        )
+    stages.append(_training(CORE, config.core, facts.core_clip))
+    plan = DPPlan(stages=tuple(stages), delta=config.privacy.delta, max_visits=schema.max_visits)
+    return plan.calibrate(config.privacy.epsilon)
+
+
+def _training(name: str, config: TrainingConfig, public_norm: float) -> TrainingStage:
+    return TrainingStage(
+        name=name,
+        sampling_rate=config.sampling_rate,
+        steps=config.steps,
+        rounds=config.rounds,
+        spare_rounds=config.spare_rounds,
+        clip=config.clip or public_norm,
+        draws=config.draws,
+    )
+
+
+def _audit(config: StudyConfig) -> Audit:
+    """Attacks in the order in which the report shows them; thresholds are constants of this module."""
+    if not config.audit.enabled:
+        return Audit()
+    return Audit(
+        attacks=(
+            Attack(name="loss", thresholds=LOSS_THRESHOLDS),
+            Attack(name="loss-ratio", thresholds=RATIO_THRESHOLDS),
+            Attack(name="nearest-neighbour", thresholds=LOSS_THRESHOLDS),
+            Attack(name="blind-baseline", thresholds=LOSS_THRESHOLDS),
+        ),
+        cap=config.audit.cap,
+        pairs=config.audit.pairs,
+    )
+
+
+def _image_slots(schema: Schema) -> tuple[str, ...]:
+    return tuple(slot.name for slot in schema.slots if slot.kind in IMAGE_KINDS)
+
+
+def _names(dp: DPPlan) -> set[str]:
+    return {stage.name for stage in dp.stages}

@@ -1,0 +1,88 @@
+"""Where everything of one run lies: the single place that knows the names in a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run; nothing is created by asking."""
+
+    path: Path
+
+    @property
+    def events(self) -> Path:
+        """Progress, one JSON object per line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def study(self) -> Path:
+        """The study as configured."""
+        return self.path / "study.json"
+
+    @property
+    def schema(self) -> Path:
+        """The study's schema."""
+        return self.path / "schema.json"
+
+    @property
+    def plan(self) -> Path:
+        """The signed plan: canonical JSON."""
+        return self.path / "plan.json"
+
+    @property
+    def plan_signature(self) -> Path:
+        """The coordinator's signature over the plan."""
+        return self.path / "plan.sig"
+
+    @property
+    def coordinator(self) -> Path:
+        """The coordinator's keys (0700)."""
+        return self.path / "coordinator"
+
+    @property
+    def public_pointer(self) -> Path:
+        """A text file naming the folder of the public model (shared between runs)."""
+        return self.path / "public-model.txt"
+
+    @property
+    def reference(self) -> Path:
+        """The public reference population."""
+        return self.path / "reference.safetensors"
+
+    @property
+    def hospitals(self) -> Path:
+        """Generated hospitals of a simulation."""
+        return self.path / "hospitals"
+
+    @property
+    def sites_dir(self) -> Path:
+        """A text file naming the folder of the sites that this run uses."""
+        return self.path / "sites-dir.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Finished rounds."""
+        return self.path / "checkpoints"
+
+    @property
+    def cohort(self) -> Path:
+        """The candidate cohort, as files."""
+        return self.path / "cohort"
+
+    @property
+    def bundle(self) -> Path:
+        """The release bundle."""
+        return self.path / "bundle"
+
+    @property
+    def report_json(self) -> Path:
+        """The report: source of truth."""
+        return self.path / "report" / "report.json"
+
+    @property
+    def report_html(self) -> Path:
+        """The report, rendered."""
+        return self.path / "report" / "report.html"
