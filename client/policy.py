@@ -21,7 +21,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from client.records.config import DataConfig
-from privacy.boundary.plan import StudyPlan, plan_hash
+from privacy.boundary.plan import Label, StudyPlan, plan_hash
 from privacy.boundary.refusals import Refused
 from privacy.boundary.signing import verify_plan
 from privacy.chain import ChainError, ChainFile, canonical, now_utc, write_durably
@@ -30,7 +30,6 @@ from privacy.ledger import Ledger
 from privacy.plan import Ceilings, DPPlan
 
 Status = Literal["approved", "pending", "rejected"]
-Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}$")]
 Epsilon = Annotated[float, Field(gt=0.0, allow_inf_nan=True)]
 
 SITE_LOG = "site.log.jsonl"
@@ -69,14 +68,8 @@ class CeilingSection(_Frozen):
 
     plan_epsilon: Epsilon
     lifetime_epsilon: Epsilon
-    delta: float = Field(default=1e-5, gt=0.0, le=1e-3, allow_inf_nan=False)
+    delta: float = Field(default=1e-5, gt=0.0, le=1e-5, allow_inf_nan=False)
     uncovered_queries: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.plan_epsilon > 0 or not self.lifetime_epsilon > 0:
-            raise ValueError("expected ceilings above 0 that are numbers or inf, got NaN")
-        return self
 
 
 class PolicySection(_Frozen):
@@ -147,10 +140,8 @@ class SiteConfig(_Frozen):
         try:
             return cls.model_validate({**tables, "folder": site_dir})
         except ValidationError as error:
-            places = [
-                f"  {'.'.join(str(part) for part in entry['loc'])}: {entry['msg']} (got {str(entry['input'])[:60]!r})"
-                for entry in error.errors()
-            ]
+            found = error.errors()
+            places = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (got {str(e['input'])[:60]!r})" for e in found]
             raise ValueError(f"{path}: {len(places)} keys do not fit; correct them:\n" + "\n".join(places)) from error
 
     @property
@@ -242,11 +233,9 @@ def check_roster(config: SiteConfig, plan: StudyPlan) -> None:
     if extra := sorted(set(entry.slots) - set(site.slots)):
         raise Refused("SLOTS", f"{', '.join(extra)}", "add them to [site] slots if the site wants to offer them")
     if (entry.n_decl, entry.held_out_decl) != (site.declared_capacity, site.declared_held_out):
+        declared = f"site.toml declares {site.declared_capacity} and {site.declared_held_out}"
         raise Refused(
-            "CAPACITY",
-            f"roster {entry.n_decl} and {entry.held_out_decl}, "
-            f"site.toml {site.declared_capacity} and {site.declared_held_out}",
-            "the roster must carry what site.toml declares",
+            "CAPACITY", f"roster {entry.n_decl} and {entry.held_out_decl}, {declared}", "enrol the site again"
         )
     if entry.min_contributors != config.policy.min_contributors:
         raise Refused("MIN_CONTRIBUTORS", f"roster {entry.min_contributors}, site {config.policy.min_contributors}")
@@ -263,7 +252,7 @@ def check_roster(config: SiteConfig, plan: StudyPlan) -> None:
 def approve(site_dir: Path, plan_bytes: bytes, signature: bytes, *, by: str = "operator") -> str:
     """Approve a plan for this site: check everything, reserve its spend, write it down. Returns the plan's hash.
 
-    Approving the same plan again changes nothing.
+    Approving again changes nothing.
 
     Raises:
         Refused: with the code of the first check that fails; nothing is reserved then.
@@ -385,7 +374,7 @@ def dp_plan(plan: StudyPlan) -> DPPlan:
         Refused: ``BAD_PLAN`` if it does not parse.
     """
     try:
-        return DPPlan.from_json(plan.dp)
+        return DPPlan.from_dict(plan.dp)
     except (ValueError, TypeError, KeyError) as error:
         raise Refused("BAD_PLAN", f"dp: {error}") from error
 

@@ -25,22 +25,49 @@ Not covered
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
-from opacus.grad_sample import GradSampleModule
-from torch import Tensor, nn
+from torch import Tensor
+
+from privacy.engines import (
+    BatchLoss,
+    Params,
+    ProvedHooks,
+    UnitLoss,
+    Units,
+    batch_size,
+    hooks_gradients,
+    loop_gradients,
+    unit_norms,
+    vmap_gradients,
+)
+from privacy.probe import GradientProbeError, ProbeReport, probe, probe_hooks
+
+__all__ = [
+    "BatchLoss",
+    "Engine",
+    "GradientProbeError",
+    "Params",
+    "ProbeReport",
+    "ProvedHooks",
+    "Speed",
+    "UnitLoss",
+    "Units",
+    "batch_size",
+    "chunks",
+    "measure_speed",
+    "per_patient_gradients",
+    "probe",
+    "probe_hooks",
+    "silence_nonfinite",
+    "unit_norms",
+]
 
 Engine = Literal["vmap", "loop", "hooks"]
-Params = Mapping[str, Tensor]
-Units = Mapping[str, Tensor]
-UnitLoss = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
-BatchLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,31 +89,6 @@ class Speed:
             raise ValueError(f"Expected engine vmap, loop or hooks, got {self.engine!r}")
         if self.chunk < 1 or self.threads < 1:
             raise ValueError(f"Expected chunk={self.chunk} >= 1 and threads={self.threads} >= 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class ProvedHooks:
-    """A module with a batched loss whose Opacus gradients a probe has found equal to the loop's.
-
-    Made by :func:`privacy.probe.probe_hooks`. ``batch_loss(module, units)`` gives one loss per unit, shape (B,); the
-    module's parameter names are those of ``params``.
-    """
-
-    module: nn.Module
-    batch_loss: BatchLoss
-    worst_error: float
-
-
-def batch_size(units: Units) -> int:
-    """Number of units: the common length of the leading axis.
-
-    Raises:
-        ValueError: no tensor, or tensors that disagree.
-    """
-    sizes = {name: value.shape[0] if value.ndim else -1 for name, value in units.items()}
-    if len(set(sizes.values())) != 1 or -1 in sizes.values():
-        raise ValueError(f"Expected tensors with one common leading batch axis, got lengths {sizes}; fix prepare()")
-    return next(iter(sizes.values()))
 
 
 def chunks(units: Units, size: int) -> Iterator[dict[str, Tensor]]:
@@ -127,69 +129,11 @@ def _chunk_gradients(
             gradients, losses = loop_gradients(unit_loss, fixed, units)
         case "hooks":
             if hooks is None:
-                raise ValueError("engine 'hooks' needs the proof of probe_hooks(); use 'vmap' or 'loop', or probe first")
+                raise ValueError(
+                    "engine 'hooks' needs the proof of probe_hooks(); use 'vmap' or 'loop', or probe first"
+                )
             gradients, losses = hooks_gradients(hooks.module, hooks.batch_loss, fixed, units)
     return silence_nonfinite({name: g.to(torch.float32) for name, g in gradients.items()}, losses)
-
-
-def vmap_gradients(unit_loss: UnitLoss, params: Params, units: Units) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients (B, *shape) and losses (B,) by ``torch.func.vmap`` of ``grad_and_value`` over the whole model."""
-    step = torch.func.vmap(torch.func.grad_and_value(unit_loss), in_dims=(None, 0), randomness="error")
-    gradients, losses = step(dict(params), dict(units))
-    return gradients, losses
-
-
-def loop_gradients(unit_loss: UnitLoss, params: Params, units: Units) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients (B, *shape) and losses (B,), one unit at a time by plain autograd: the reference for the others."""
-    out = {name: value.new_empty((batch_size(units), *value.shape)) for name, value in params.items()}
-    losses = []
-    for row in range(batch_size(units)):
-        leaves = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
-        with torch.enable_grad():
-            loss = unit_loss(leaves, {name: value[row] for name, value in units.items()})
-        losses.append(loss.detach())
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        else:
-            found = (None,) * len(leaves)  # a unit that touches no parameter (nothing recorded) has gradient zero
-        for (name, value), gradient in zip(leaves.items(), found, strict=True):
-            out[name][row] = torch.zeros_like(value) if gradient is None else gradient
-    return out, torch.stack(losses)
-
-
-def hooks_gradients(
-    module: nn.Module, batch_loss: BatchLoss, params: Params, units: Units
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients (B, *shape) and losses (B,) by Opacus's hooks on a private copy of the module.
-
-    Raises:
-        ValueError: the loss is not of shape (B,); a sum over another shape is how clipping breaks without an error.
-    """
-    private = copy.deepcopy(module)
-    private.load_state_dict(dict(params), strict=False)
-    for name, parameter in private.named_parameters():
-        parameter.requires_grad_(name in params)
-    sampled = GradSampleModule(private, batch_first=True, loss_reduction="sum", strict=False)
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")  # torch notes that inputs without gradient fire the hooks at the outputs
-            losses = batch_loss(sampled, dict(units))
-            if losses.shape != (batch_size(units),):
-                raise ValueError(f"Expected batch_loss of shape ({batch_size(units)},), got {tuple(losses.shape)}")
-            losses.sum().backward()
-        found = {name: parameter.grad_sample for name, parameter in private.named_parameters() if name in params}
-    finally:
-        sampled.remove_hooks()
-    missing = [name for name in params if not isinstance(found.get(name), Tensor)]
-    if missing:
-        raise ValueError(f"Opacus gave no per-patient gradient for {', '.join(missing)}; use engine 'vmap' or 'loop'")
-    return {name: found[name].detach() for name in params}, losses.detach()
-
-
-def unit_norms(gradients: Mapping[str, Tensor]) -> Tensor:
-    """L2 norm of every unit's whole gradient, float64 (B,): float32 would overflow at 1e19 and round at 1e-7."""
-    squares = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) ** 2 for g in gradients.values()]
-    return torch.stack(squares).sum(0).sqrt()
 
 
 def silence_nonfinite(gradients: dict[str, Tensor], losses: Tensor) -> dict[str, Tensor]:
@@ -197,7 +141,7 @@ def silence_nonfinite(gradients: dict[str, Tensor], losses: Tensor) -> dict[str,
 
     The count of such units is private and is not kept. A zero contribution is inside every clip.
     """
-    finite = torch.isfinite(losses) & torch.isfinite(unit_norms(gradients))
+    finite = torch.isfinite(losses) & torch.isfinite(unit_norms(gradients.values()))
     if bool(finite.all()):
         return gradients
     return {name: torch.where(_spread(finite, g), g, torch.zeros_like(g)) for name, g in gradients.items()}
@@ -224,7 +168,9 @@ def measure_speed(
         raise ValueError("Expected at least one public unit to measure with")
     best: tuple[float, Speed] | None = None
     for engine in engines:
-        sizes = (1,) if engine == "loop" else tuple(size for size in chunk_sizes if size <= total) or (total,)
+        sizes = [size for size in chunk_sizes if size <= total] or [total]
+        if engine == "loop":
+            sizes = sizes[:1]  # the loop holds one graph at a time whatever the chunk
         for size in sizes:
             speed = Speed(engine, size, torch.get_num_threads())
             seconds = min(_trial(unit_loss, params, units, speed) for _ in range(repeats))
@@ -238,5 +184,5 @@ def _trial(unit_loss: UnitLoss, params: Params, units: Units, speed: Speed) -> f
     start = time.perf_counter()
     for part in chunks(units, speed.chunk):
         gradients = per_patient_gradients(unit_loss, params, part, speed)
-        unit_norms(gradients)
+        unit_norms(gradients.values())
     return time.perf_counter() - start

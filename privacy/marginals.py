@@ -96,9 +96,7 @@ def clip_rows(vectors_BD: ArrayLike, bound: float) -> NDArray[np.float64]:
     return np.asarray(safe * (bound / np.maximum(bound, norms))[:, None], dtype=np.float64)
 
 
-def bounded_mean_sum(
-    vectors_BD: ArrayLike, bound: float, sigma: float, noise: NoiseSource
-) -> NDArray[np.float64]:
+def bounded_mean_sum(vectors_BD: ArrayLike, bound: float, sigma: float, noise: NoiseSource) -> NDArray[np.float64]:
     """Noised sum (D,) of all patients' vectors, each clipped to L2 norm ``bound``; std ``sigma * bound`` per entry.
 
     For recentring, a patient's vector is the concatenation of that patient's mean tokens of every slot, zero where a

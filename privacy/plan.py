@@ -32,11 +32,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import dp_accounting
 from pydantic import Field, model_validator
+from scipy.optimize import brentq
 
 from privacy import accounting
 from privacy.stages import Count, Frozen, QueryStage, Stage, StageCost, TrainingStage, largest_delta
@@ -153,6 +154,11 @@ class DPPlan(Frozen):
         """Epsilon of all events at this plan's delta, by privacy loss distributions; infinite if not private."""
         return accounting.epsilon(self.events(), self.delta)
 
+    def epsilon_after(self, rounds: Mapping[str, int]) -> float:
+        """Epsilon of the rounds done so far, by stage (PLD); 0 before the first. For progress, never for a ceiling."""
+        done = [stage.event(rounds[stage.name]) for stage in self.stages if rounds.get(stage.name, 0) > 0]
+        return accounting.epsilon(dp_accounting.ComposedDpEvent(done), self.delta) if done else 0.0
+
     @property
     def epsilon_prv(self) -> float:
         """The same by Opacus's PRV accountant: the cross-check."""
@@ -251,18 +257,22 @@ class DPPlan(Frozen):
 
     def _smallest_factor(self, target: float) -> float:
         """The smallest common factor, to one part in 10 000, at which the plan meets the target."""
-        high = 1.0
-        while self._scaled(high).epsilon > target:
-            high *= 2
-            if high > 2.0**40:
+
+        def excess(log_factor: float) -> float:
+            return math.log(max(self._scaled(math.exp(log_factor)).epsilon, 1e-12) / target)
+
+        high = 0.0
+        while excess(high) > 0:
+            high += 1.0
+            if high > 30:
                 raise ValueError(f"no noise meets epsilon {target} beside the queries; raise their sigma")
-        low = high / 2
-        while self._scaled(low).epsilon <= target and low > 2.0**-20:
-            low, high = low / 2, low
-        while high / low > 1 + 1e-4:
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if self._scaled(middle).epsilon <= target else (middle, high)
-        return high
+        low = high - 1.0
+        while excess(low) <= 0 and low > -12:
+            low, high = low - 1.0, low
+        factor = math.exp(brentq(excess, low, high, xtol=2e-5)) if excess(low) > 0 else math.exp(low)
+        while self._scaled(factor).epsilon > target:
+            factor *= 1 + 5e-5
+        return factor
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, infinity as the string "inf"; equal plans give equal bytes."""

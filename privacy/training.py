@@ -26,14 +26,13 @@ Not covered
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from privacy.gradients import ProvedHooks, Speed, UnitLoss, per_patient_gradients, unit_norms
+from privacy.gradients import ProvedHooks, Speed, UnitLoss, batch_size, per_patient_gradients, unit_norms
 from privacy.noise import NoiseSource, to_grid
 from privacy.stages import TrainingStage
 
@@ -88,7 +87,7 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
 
     def clip_and_accumulate(self) -> None:
         """Add each patient's gradient times C / max(C, norm) to ``summed_grad``, in float64."""
-        norms = unit_norms(dict(enumerate_names(self.grad_samples)))
+        norms = unit_norms(self.grad_samples)
         factors = self.max_grad_norm / torch.clamp(norms, min=self.max_grad_norm)
         for parameter in self.params:
             flat = parameter.grad_sample.flatten(1).to(torch.float64)
@@ -97,20 +96,18 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
             parameter.summed_grad += (factors @ flat).view_as(parameter)
 
     def add_noise(self) -> None:
-        """Noise every sum, an empty one too, and put it on the public grid: what is in ``grad`` may be seen."""
+        """Noise every sum, an empty one too, and put it on the public grid; from here on it may be seen."""
         std = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
-            total = parameter.summed_grad
-            if total is None:
-                total = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
             drawn = self._noise.gaussian(parameter.shape, std, dtype=torch.float64).to(parameter.device)
-            parameter.grad = to_grid(total + drawn, std)
-            parameter.summed_grad = None
+            total = drawn if parameter.summed_grad is None else parameter.summed_grad + drawn
+            parameter.summed_grad = to_grid(total, std)
 
     def scale_grad(self) -> None:
         """Divide by the public constant q * N_decl and round to the parameter's type."""
         for parameter in self.params:
-            parameter.grad = (parameter.grad / self.expected_batch_size).to(parameter.dtype)
+            parameter.grad = (parameter.summed_grad / self.expected_batch_size).to(parameter.dtype)
+            parameter.summed_grad = None
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale what was accumulated; there is no skipping and no closure."""
@@ -122,5 +119,112 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
         """Forget every gradient and sum, whatever was interrupted."""
         for parameter in self.params:
             parameter.grad_sample, parameter.summed_grad, parameter.grad = None, None, None
-        self._step_skip_queue = []
+        self._step_skip_queue: list[bool] = []
         self._is_last_step_skipped = False
+
+
+def draw_patients(noise: NoiseSource, patients: int, sampling_rate: float) -> Tensor:
+    """Poisson sample: the rows (int64) of the patients drawn, each independently with the public probability."""
+    return torch.from_numpy((noise.uniform(patients) < sampling_rate).nonzero()[0])
+
+
+def train_round(
+    *,
+    params: Mapping[str, Tensor],
+    unit_loss: UnitLoss,
+    patients: int,
+    prepare: Prepare,
+    stage: TrainingStage,
+    n_decl: int,
+    learning_rate: float,
+    speed: Speed,
+    noise: NoiseSource,
+    optimizer_state: Mapping[str, Tensor] | None = None,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.98),
+    on_step: Callable[[int, int], None] | None = None,
+    hooks: ProvedHooks | None = None,
+) -> RoundOutcome:
+    """One round of ``stage.steps`` DP steps at one site.
+
+    The sensitivity of every step's sum to zeroing one patient is at most ``stage.clip`` whatever that patient's values,
+    ``unit_loss`` or the engine's chunks are, provided that ``unit_loss`` reads nothing but its unit (probe it).
+
+    Args:
+        params: the trainable parameters; copied, so an interrupted round changes nothing.
+        unit_loss: scalar loss of one patient given parameters and unit.
+        patients: number of real patients at this site, null ones included; private, used for sampling alone.
+        prepare: ``prepare(rows, generator)`` gives the units of these patients (B-leading, in this order), with
+            everything random already drawn; it is called per chunk and never for an empty batch.
+        stage: a training stage of a calibrated plan.
+        n_decl: declared capacity of the site; with the sampling rate it makes the divisor.
+        learning_rate: of AdamW, constant in the round, public; likewise ``weight_decay`` and ``betas``.
+        speed: engine and chunk; no influence on the guarantee.
+        noise: source of noise, sampling coins and of the generator's seed.
+        optimizer_state: what an earlier round returned, or None to start afresh.
+        on_step: called with (steps done, steps) after each step; it learns nothing about patients.
+        hooks: proof for engine ``hooks``.
+
+    Returns:
+        New parameters and optimizer state.
+
+    Raises:
+        ValueError: the stage is not calibrated, or an argument breaks a rule stated above.
+    """
+    if not stage.calibrated:
+        raise ValueError(f"stage {stage.name!r} is not calibrated; take it from DPPlan.calibrate(...)")
+    if patients < 0 or not learning_rate > 0:
+        raise ValueError(f"Expected patients={patients} >= 0 and learning_rate={learning_rate} > 0")
+    if not params or any(not value.is_floating_point() for value in params.values()):
+        raise ValueError("Expected at least one floating-point parameter to train; name the trained group")
+    named = {name: nn.Parameter(value.detach().clone().to(torch.float32)) for name, value in params.items()}
+    adam = torch.optim.AdamW(list(named.values()), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    _load_state(adam, named, optimizer_state)
+    optimizer = StreamDPOptimizer(adam, sigma=stage.sigma, clip=stage.clip, divisor=stage.divisor(n_decl), noise=noise)
+    generator = noise.torch_generator()
+    try:
+        for step in range(stage.steps):
+            rows = draw_patients(noise, patients, stage.sampling_rate)
+            for part in torch.split(rows, speed.chunk):
+                if len(part):
+                    units = prepare(part, generator)
+                    if batch_size(units) != len(part):
+                        raise ValueError(f"prepare() gave {batch_size(units)} units for a chunk of another size")
+                    current = {name: parameter.detach() for name, parameter in named.items()}
+                    optimizer.accumulate(per_patient_gradients(unit_loss, current, units, speed, hooks), named)
+            optimizer.step()
+            optimizer.clear()
+            if on_step is not None:
+                on_step(step + 1, stage.steps)
+    finally:
+        optimizer.clear()
+    return RoundOutcome(
+        params={name: parameter.detach().clone() for name, parameter in named.items()},
+        optimizer_state=_save_state(adam, named),
+        steps=stage.steps,
+        deterministic=noise.deterministic,
+    )
+
+
+def _save_state(adam: torch.optim.AdamW, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {
+        f"{moment}:{name}": adam.state[parameter][moment].detach().clone()
+        for name, parameter in named.items()
+        for moment in MOMENTS
+    }
+
+
+def _load_state(adam: torch.optim.AdamW, named: Mapping[str, nn.Parameter], state: Mapping[str, Tensor] | None) -> None:
+    if not state:
+        return
+    wanted = {f"{moment}:{name}" for name in named for moment in MOMENTS}
+    if set(state) != wanted:
+        odd = sorted(wanted ^ set(state))
+        raise ValueError(
+            f"optimizer state does not fit the trained parameters; first odd entry {odd[0]!r}; start afresh"
+        )
+    for name, parameter in named.items():
+        moments = {moment: state[f"{moment}:{name}"].detach().clone() for moment in MOMENTS}
+        if any(moments[moment].shape != parameter.shape for moment in MOMENTS[1:]):
+            raise ValueError(f"optimizer state of {name!r} has another shape than the parameter; start afresh")
+        adam.state[parameter] = moments

@@ -82,7 +82,8 @@ def _prototype(ventricle_ml: float, hippocampus_ml: float) -> F64:
         plaque_mm_B6=np.zeros((1, 6), np.float32),
     )
     latents = Latents(**values)  # type: ignore[arg-type]
-    return brain.tissue_fractions(latents, none, np.zeros((1, 3), np.float32))[0].astype(np.float64)
+    fractions = brain.tissue_fractions(latents, none, np.zeros((1, 3), np.float32))
+    return np.asarray(fractions[0], dtype=np.float64)
 
 
 @lru_cache(maxsize=1)
@@ -93,7 +94,7 @@ def regions() -> Regions:
     both = np.minimum(small, large)
 
     def unit(weight: F64) -> F64:
-        return weight / weight.sum()
+        return np.asarray(weight / weight.sum())
 
     opened = np.clip(large[at["csf"]] - small[at["csf"]], 0, 1) * (small[at["white"]] > 0.5)
     filled = np.clip(large[at["deep"]] - small[at["deep"]], 0, 1) * (small[at["csf"]] > 0.3)
@@ -152,7 +153,7 @@ def measure_mri(image_BXYZ: F64, sequence_B: NDArray[np.int64]) -> dict[str, F64
     marks_opened, marks_filled = (m[:, sequence_B] for m in _scale_marks())
 
     def between(value: F64, marks: F64, low: float, high: float) -> F64:
-        return low + (high - low) * (value - marks[0]) / (marks[1] - marks[0])
+        return np.asarray(low + (high - low) * (value - marks[0]) / (marks[1] - marks[0]))
 
     out = {
         "ventricle_ml": between(opened, marks_opened, SMALL_ML[0], LARGE_ML[0]),
@@ -183,7 +184,7 @@ def measure_pet(image_BXYZ: F64, tracer: str) -> F64:
     """Cortex-to-cerebellum uptake ratio of PET in [-1, 1], corrected for partial volume with the prototypes."""
     raw = _uptake_ratio((np.asarray(image_BXYZ, np.float64) + 1.0) / 2.0, tracer)
     low, high = _uptake_marks(tracer)
-    return SUVR_MARKS[0] + (SUVR_MARKS[1] - SUVR_MARKS[0]) * (raw - low) / (high - low)
+    return np.asarray(SUVR_MARKS[0] + (SUVR_MARKS[1] - SUVR_MARKS[0]) * (raw - low) / (high - low))
 
 
 def measure_film(image_BYX: F64) -> dict[str, F64]:

@@ -9,6 +9,7 @@ Shape legend: B patients, T tissues, X, Y, Z voxels.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from simulations.phantom_population import Latents, Profile
 
 F32 = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 IntB = NDArray[np.int64]
 
 VOXELS = 32
@@ -93,7 +95,7 @@ def draw_lesions(latents: Latents, rng: np.random.Generator) -> Lesions:
     """Tumours at one of six sites, plaques at two to six of six sites, each with jitter."""
     n = len(latents)
     site = rng.integers(0, len(LESION_SITES_MM), n)
-    centre = np.asarray(LESION_SITES_MM)[site] + 3.0 * rng.standard_normal((n, 3))
+    centre = np.asarray(LESION_SITES_MM)[site] + 4.0 * rng.standard_normal((n, 3))
     radius = 13.0 + 7.0 * latents.severity + 1.5 * rng.standard_normal(n)
     count = 2 + np.floor(4.99 * np.clip(latents.severity + 0.1 * rng.standard_normal(n), 0.0, 0.999)).astype(np.int64)
     order_B6 = np.argsort(rng.random((n, 6)), axis=1).argsort(axis=1)
@@ -103,7 +105,7 @@ def draw_lesions(latents: Latents, rng: np.random.Generator) -> Lesions:
         centre_B3=centre.astype(np.float32),
         radius_mm=np.where(latents.pathology == 1, radius, 0.0).astype(np.float32),
         plaque_B6=plaque,
-        plaque_B63=(np.asarray(PLAQUE_SITES_MM) + 2.5 * rng.standard_normal((n, 6, 3))).astype(np.float32),
+        plaque_B63=(np.asarray(PLAQUE_SITES_MM) + 3.0 * rng.standard_normal((n, 6, 3))).astype(np.float32),
         plaque_mm_B6=(7.0 + 1.0 * rng.standard_normal((n, 6))).astype(np.float32),
     )
 
@@ -113,9 +115,9 @@ def axis_mm() -> F32:
     return ((np.arange(VOXELS) - (VOXELS - 1) / 2.0) * VOXEL_MM).astype(np.float32)
 
 
-def soft(depth_mm: F32, width_mm: float = VOXEL_MM) -> F32:
+def soft(depth_mm: Floats, width_mm: float = VOXEL_MM) -> F32:
     """Partial volume of a surface: 0 outside, 1 inside, linear over ``width_mm`` around it."""
-    return np.clip(depth_mm / np.float32(width_mm) + np.float32(0.5), 0.0, 1.0)
+    return np.asarray(np.clip(depth_mm / np.float32(width_mm) + np.float32(0.5), 0.0, 1.0), dtype=np.float32)
 
 
 def ellipsoid(head: F32, centre: tuple[float, float, float], semi: tuple[float | F32, float | F32, float | F32]) -> F32:
@@ -170,9 +172,8 @@ def tissue_fractions(latents: Latents, lesions: Lesions, fold_B3: F32) -> F32:
     head = latents.head_scale.astype(np.float32)
     one = np.ones_like(head)
     atrophy = np.clip(latents.neurodegeneration, 0.0, 1.0).astype(np.float32)[:, None, None, None]
-    fold = folds(11, 24.0)[None] + 0.25 * sum(
-        fold_B3[:, k, None, None, None] * folds(20 + k, 31.0)[None] for k in range(3)
-    )
+    own = np.stack([folds(20 + k, 31.0) for k in range(3)]).reshape(3, -1)
+    fold = folds(11, 24.0)[None] + 0.25 * (fold_B3 @ own).reshape(-1, VOXELS, VOXELS, VOXELS)
     x = np.abs(axis_mm())[None, :, None, None]
     z = axis_mm()[None, None, None, :]
 
@@ -245,7 +246,8 @@ def _lesion_layers(lesions: Lesions, head: F32, brain: F32) -> list[tuple[str, F
 
     def distance(rows: IntB, centre_R3: F32) -> F32:
         parts = [(mm[None] - centre_R3[:, axis, None] * head[rows, None]) ** 2 for axis in range(3)]
-        return np.sqrt(parts[0][:, :, None, None] + parts[1][:, None, :, None] + parts[2][:, None, None, :])
+        square = parts[0][:, :, None, None] + parts[1][:, None, :, None] + parts[2][:, None, None, :]
+        return np.asarray(np.sqrt(square), dtype=np.float32)
 
     rows = np.flatnonzero(lesions.site >= 0)
     if len(rows):
@@ -301,7 +303,8 @@ def render_mri(
     field = field + tilt_B3[:, 1, None, None, None] * mm[:, None] + tilt_B3[:, 2, None, None, None] * mm
     gain = np.float32(profile.mri_gain) * (1.0 + 0.03 * rng.standard_normal((n, 1, 1, 1))).astype(np.float32)
     noise = np.float32(0.012 * profile.noise) * rng.standard_normal(image.shape, dtype=np.float32)
-    return np.clip(np.abs(image * field * gain + noise), 0.0, 1.0) * np.float32(MRI_HIGH)
+    shown = np.clip(np.abs(image * field * gain + noise), 0.0, 1.0) * np.float32(MRI_HIGH)
+    return np.asarray(shown, dtype=np.float32)
 
 
 def uptake(fractions_BTXYZ: F32, suvr_B: NDArray[np.float64], tracer: str) -> F32:
@@ -329,7 +332,7 @@ def render_pet(fractions_BTXYZ: F32, latents: Latents, tracer: str, profile: Pro
     activity = uptake(fractions_BTXYZ, latents.fdg_suvr if tracer == "FDG" else latents.av45_suvr, tracer)
     dose = np.float32(profile.pet_gain) * (1.0 + 0.05 * rng.standard_normal((n, 1, 1, 1))).astype(np.float32)
     noise = rng.standard_normal(activity.shape, dtype=np.float32) * (0.02 + 0.03 * np.sqrt(activity))
-    return np.clip(activity * dose + np.float32(profile.noise) * noise, 0.0, SUV_HIGH)
+    return np.asarray(np.clip(activity * dose + np.float32(profile.noise) * noise, 0.0, SUV_HIGH), dtype=np.float32)
 
 
 def blur(image_BXYZ: F32, sigma_voxels: float) -> F32:
@@ -340,4 +343,4 @@ def blur(image_BXYZ: F32, sigma_voxels: float) -> F32:
     out = image_BXYZ @ kernel
     out = kernel @ out
     flat = out.reshape(len(out), VOXELS, -1)
-    return np.matmul(kernel, flat).reshape(image_BXYZ.shape)
+    return np.asarray(np.matmul(kernel, flat).reshape(image_BXYZ.shape), dtype=np.float32)

@@ -24,7 +24,7 @@ THORAX_PIXELS = 46.0
 
 def edge(depth: NDArray[np.floating], width: float = 1.6) -> F32:
     """Soft edge: 0 outside, 1 inside, linear over ``width`` pixels."""
-    return np.clip(depth / width + 0.5, 0.0, 1.0).astype(np.float32)
+    return np.asarray(np.clip(depth / width + 0.5, 0.0, 1.0), dtype=np.float32)
 
 
 def column(values: FloatB) -> F32:

@@ -174,7 +174,7 @@ def draw_latents(patients: int, profile: Profile, rng: np.random.Generator) -> L
     apoe4 = (rng.random(n) < risk).astype(np.int64) + (rng.random(n) < 0.5 * risk)
     positive = sigmoid(-3.2 + 6.0 * neuro + 1.1 * apoe4 + 0.03 * (age - 61.0))
     amyloid = (rng.random(n) < positive).astype(np.int64)
-    fdg = 1.25 - 0.36 * neuro + 0.13 * normal(n)
+    fdg = 1.25 - 0.36 * neuro + 0.145 * normal(n)
     av45 = np.where(amyloid == 1, 1.32 + 0.15 * neuro + 0.06 * normal(n), 0.95 + 0.05 * normal(n))
 
     cardiac = sigmoid(-1.1 + 2.2 * (severity - 0.45) + 0.03 * (age - 61.0) + 0.06 * (bmi - 26.0) + 0.9 * normal(n))

@@ -106,17 +106,22 @@ def _channel(
     fluid = latents.fluid_prior_l[patient] + (latents.fluid_current_l - latents.fluid_prior_l)[patient] * elapsed
     match name:
         case "heart_rate":
-            return np.round(np.clip(66 + 22 * severity + 14 * fever + 4 * day + 5 * person + 4 * noise, 35, 180))
+            return _reading(66 + 22 * severity + 14 * fever + 4 * day + 5 * person + 4 * noise, 35, 180)
         case "map_mmhg":
-            return np.round(np.clip(92 - 16 * severity - 8 * cardiac + 3 * day + 5 * person + 4 * noise, 40, 140))
+            return _reading(92 - 16 * severity - 8 * cardiac + 3 * day + 5 * person + 4 * noise, 40, 140)
         case "spo2":
-            return np.round(np.clip(98.5 - 1.6 * fluid - 3.0 * fever + 0.6 * person + 0.7 * noise, 70, 100))
+            return _reading(98.5 - 1.6 * fluid - 3.0 * fever + 0.6 * person + 0.7 * noise, 70, 100)
         case "temperature_c":
-            return np.round(np.clip(36.7 + 1.5 * fever + 0.2 * day + 0.15 * person + 0.12 * noise, 34.0, 41.5), 1)
+            return _reading(36.7 + 1.5 * fever + 0.2 * day + 0.15 * person + 0.12 * noise, 34.0, 41.5, 1)
         case "fluid_ml_h":
-            return np.round(np.clip(fluid_rate(latents, minute, patient) + 25.0 * noise, -300.0, 300.0))
+            return _reading(fluid_rate(latents, minute, patient) + 25.0 * noise, -300.0, 300.0)
         case _:
             raise ValueError(f"unknown channel {name!r}; known channels are {', '.join(CHANNELS)}")
+
+
+def _reading(value: FloatB, low: float, high: float, decimals: int = 0) -> FloatB:
+    """What a monitor shows: within its range, rounded."""
+    return np.asarray(np.round(np.clip(value, low, high), decimals), dtype=np.float64)
 
 
 def make_notes(latents: Latents, written_B: NDArray[np.bool_], rng: np.random.Generator) -> tuple[str, ...]:

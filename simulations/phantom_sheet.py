@@ -23,11 +23,11 @@ def planes(volume_XYZ: NDArray[np.floating], view: str = "axial") -> NDArray[np.
     """One slice of a RAS volume as a radiologist's picture: axial through the ventricles, or coronal, or sagittal."""
     match view:
         case "axial":
-            return np.asarray(volume_XYZ[:, :, 18].T[::-1])
+            return np.asarray(volume_XYZ[:, :, round(0.57 * volume_XYZ.shape[2])].T[::-1])
         case "coronal":
-            return np.asarray(volume_XYZ[:, 13, :].T[::-1])
+            return np.asarray(volume_XYZ[:, round(0.41 * volume_XYZ.shape[1]), :].T[::-1])
         case "sagittal":
-            return np.asarray(volume_XYZ[14].T[::-1])
+            return np.asarray(volume_XYZ[round(0.44 * volume_XYZ.shape[0])].T[::-1])
         case _:
             raise ValueError(f"unknown view {view!r}; known views are axial, coronal and sagittal")
 

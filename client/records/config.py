@@ -29,17 +29,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from medgen_models.schema import Slot
+if TYPE_CHECKING:  # site.toml is read by light commands, and the schema module imports torch
+    from medgen_models.schema import Slot
 
 
 class _Frozen(BaseModel):
     """Frozen, and unknown keys are refused: a typing slip in ``site.toml`` is an error, not a silent default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _check_percentiles(percentiles: tuple[float, float]) -> None:
+    low, high = percentiles
+    if not 0.0 <= low < high <= 100.0:
+        raise ValueError(f"percentiles: expected 0 <= low < high <= 100, got {percentiles}")
 
 
 class Include(_Frozen):
@@ -96,9 +103,7 @@ class BidsSource(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        low, high = self.percentiles
-        if not 0.0 <= low < high <= 100.0:
-            raise ValueError(f"percentiles: expected 0 <= low < high <= 100, got {self.percentiles}")
+        _check_percentiles(self.percentiles)
         return self
 
     def folder_for(self, slot: Slot) -> str:
@@ -115,6 +120,7 @@ class FilmSource(_Frozen):
         folder: folder below the patient (or session) folder.
         table: ``participant_id, file, role, hours_before`` for films that carry no acquisition time; read if present.
             ``file`` is relative to the data root or to the patient's film folder; ``role`` names the instance.
+        visit_column: session label in ``table``, if it has this column; otherwise its films are of the first visit.
         modality: accepted DICOM ``Modality``.
         intensity: ``full`` maps the file's full scale (black to white) to the slot's range; ``stored`` takes the
             values after rescale slope and intercept in the slot's unit; ``percentile`` maps this image's own
@@ -128,6 +134,12 @@ class FilmSource(_Frozen):
     modality: tuple[str, ...] = ("DX", "CR")
     intensity: Literal["full", "stored", "percentile"] = "full"
     percentiles: tuple[float, float] = (0.5, 99.5)
+    visit_column: str = "session_id"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_percentiles(self.percentiles)
+        return self
 
 
 class TableSource(_Frozen):

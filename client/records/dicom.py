@@ -27,7 +27,7 @@ from client.records.config import FilmSource
 from client.records.draft import Draft
 from client.records.images import Array, checked, fit_frame, stretch, to_unit
 from client.records.problems import BadRecord, Problem, short
-from client.records.tables import canonical_id, read_table
+from client.records.tables import read_table, rows_and_visits
 from medgen_models.schema import Instance, Slot
 
 TIMES = (
@@ -85,7 +85,7 @@ def read_visit(
     source: FilmSource,
     row: int,
     visit: int,
-    listed: Mapping[tuple[str, str], tuple[str, float]],
+    listed: Mapping[tuple[int, int, str], tuple[str, float]],
 ) -> int:
     """Read the films of one visit; gives how many there were.
 
@@ -95,8 +95,9 @@ def read_visit(
     folder, films, hours = draft.folder(row, visit) / source.folder, {}, {}
     paths: dict[str, Path] = {}
     for instance in slot.instances:
-        file, before = listed.get((canonical_id(draft.ids[row]), place_name(instance, slot)), ("", float("nan")))
-        path = find_film(draft, folder, place_name(instance, slot), file if not draft.sessions[row][visit] else "")
+        role = place_name(instance, slot)
+        file, before = listed.get((row, visit, role), ("", float("nan")))
+        path = find_film(draft, folder, role, file)
         if path is None:
             continue
         film = read_png(draft.name(path), path) if path.suffix == ".png" else read_dicom(draft.name(path), path, source)
@@ -157,8 +158,8 @@ def gap_hours(name: str, reference: Film, film: Film, listed: float) -> float:
     return gap
 
 
-def read_listing(draft: Draft, source: FilmSource, id_column: str) -> dict[tuple[str, str], tuple[str, float]]:
-    """The films table: (patient, role) -> (file, hours before); empty without one, or if it cannot be read."""
+def read_listing(draft: Draft, source: FilmSource, id_column: str) -> dict[tuple[int, int, str], tuple[str, float]]:
+    """The films table: (row, visit, role) -> (file, hours before); empty without one, or if it cannot be read."""
     path = draft.root / source.table
     if not source.table or not path.is_file():
         return {}
@@ -168,8 +169,9 @@ def read_listing(draft: Draft, source: FilmSource, id_column: str) -> dict[tuple
         draft.problems.extend(error.problems)
         return {}
     hours = pd.to_numeric(table.get("hours_before", pd.Series("", index=table.index)), errors="coerce")
-    rows = zip(table[id_column].map(canonical_id), table["role"], table["file"], hours, strict=True)
-    return {(patient, str(role)): (str(file), float(before)) for patient, role, file, before in rows}
+    place = zip(*rows_and_visits(draft, table, id_column, source.visit_column), strict=True)
+    lines = zip(place, table["role"], table["file"], hours, strict=True)
+    return {(int(r), int(v), str(role)): (str(file), float(before)) for (r, v), role, file, before in lines}
 
 
 def find_film(draft: Draft, folder: Path, role: str, listed: str) -> Path | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import torch
+from medgen_models.codecs.text import hash_encode
 
 from client.records.config import NotesSource
 from client.records.draft import Draft
-from client.records.tables import name_unknown, rows_and_visits
-from medgen_models.codecs.text import hash_encode
+from client.records.tables import name_strangers, name_unknown, rows_and_visits
 from medgen_models.schema import Slot
 
 
@@ -30,6 +30,7 @@ def read_slot(
     used_columns = {id_column, source.text_column, source.visit_column}
     name_unknown(draft, file, "columns", sorted(set(map(str, table.columns)) - used_columns - known))
     row, visit = rows_and_visits(draft, table, id_column, source.visit_column)
+    name_strangers(draft, file, id_column, row)
     draft.counts[f"{slot.name}: notes of sessions beyond the study's visits, left out"] += int(
         ((row >= 0) & (visit < 0)).sum()
     )

@@ -16,7 +16,7 @@ import torch
 from client.records.config import SeriesSource
 from client.records.draft import Draft
 from client.records.problems import BadRecord, Problem, short
-from client.records.tables import MISSING, name_unknown, read_frame, rows_and_visits, source_names
+from client.records.tables import MISSING, name_strangers, name_unknown, read_frame, rows_and_visits, source_names
 from medgen_models.schema import Slot, scale
 
 
@@ -70,15 +70,18 @@ def read_slot(
         ignore: channels that are knowingly not used.
     """
     row, visit = rows_and_visits(draft, events, id_column, source.visit_column)
-    codes, channels = pd.factorize(events[source.channel_column])
-    channels = [str(name).strip() for name in channels]
+    name_strangers(draft, file, id_column, row)
+    codes, labels = pd.factorize(events[source.channel_column])
+    channels = [str(name).strip() for name in labels]
     names = source_names(slot, source.channels, channels)
     order = [column.name for column in slot.columns]
     channel = np.array([order.index(names[name]) if name in names else -1 for name in channels] + [-1])[codes]
     study = row >= 0
     seen = {channels[code] for code in np.unique(codes[study]) if code >= 0}
     name_unknown(draft, file, "channels", sorted(seen - set(names) - ignore))
-    draft.counts[f"{slot.name}: events of sessions beyond the study's visits, left out"] += int((study & (visit < 0)).sum())
+    draft.counts[f"{slot.name}: events of sessions beyond the study's visits, left out"] += int(
+        (study & (visit < 0)).sum()
+    )
     used = np.flatnonzero(study & (visit >= 0) & (channel >= 0))
     row, visit, channel = row[used], visit[used], channel[used]
     minute = _numbers(draft, events[source.time_column].iloc[used], row, file) * source.minutes_per_unit

@@ -186,6 +186,15 @@ def name_unknown(draft: Draft, file: str, kind: str, unknown: list[str]) -> None
         )  # fmt: skip
 
 
+def name_strangers(draft: Draft, file: str, id_column: str, row: np.ndarray) -> None:
+    """Name a file in which no line belongs to a patient of the study: its identifiers are written differently."""
+    if not (row >= 0).any():
+        draft.note(
+            file, id_column, "no listed patient", "identifiers as in the participants file",
+            "correct the id column in data.slots, or the identifiers",
+        )  # fmt: skip
+
+
 def read_slot(
     draft: Draft, slot: Slot, source: TableSource, file: str, table: pd.DataFrame, id_column: str, known: set[str]
 ) -> None:
@@ -213,6 +222,7 @@ def read_slot(
             "all values are taken as missing; rename the column in data.slots if it is there",
         )  # fmt: skip
     row, visit = rows_and_visits(draft, table, id_column, source.visit_column)
+    name_strangers(draft, file, id_column, row)
     late = (row >= 0) & (visit < 0)
     draft.counts[f"{slot.name}: rows of sessions beyond the study's visits, left out"] += int(late.sum())
     used = np.flatnonzero((row >= 0) & (visit >= 0))

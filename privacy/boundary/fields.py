@@ -20,6 +20,7 @@ MAX_ENTRIES = 4096
 MAX_COUNT = 2**31 - 1
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 _GROUP = re.compile(r"[A-Za-z0-9@][A-Za-z0-9_.@,:/+-]{0,199}")
+_STAGE = re.compile(r"[a-z0-9][a-z0-9._/-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -31,6 +32,11 @@ def _need(valid: bool, name: str, value: object, wanted: str) -> None:
 def label(name: str, value: Any) -> None:
     """A name: 1 to 64 letters, digits and ``_ . + -``, starting with a letter or digit."""
     _need(isinstance(value, str) and bool(_LABEL.fullmatch(value)), name, value, "1 to 64 letters, digits, _ . + -")
+
+
+def stage(name: str, value: Any) -> None:
+    """A stage of a plan: like a name, lower case, with ``/`` allowed inside."""
+    _need(isinstance(value, str) and bool(_STAGE.fullmatch(value)), name, value, "1 to 64 of a-z, 0-9, . _ / -")
 
 
 def digest(name: str, value: Any) -> None:

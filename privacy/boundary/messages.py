@@ -103,7 +103,7 @@ class RoundTask(_Message):
     """
 
     plan_hash: Annotated[str, rule.digest]
-    stage: Annotated[str, rule.label]
+    stage: Annotated[str, rule.stage]
     round: Annotated[int, rule.count]
     attempt: Annotated[int, rule.count]
     invited: Annotated[tuple[str, ...], rule.sites]
@@ -126,7 +126,7 @@ class UnmaskRequest(_Message):
     """Which sites of one attempt answered; asks each of them for the seeds that open the sum over exactly these."""
 
     plan_hash: Annotated[str, rule.digest]
-    stage: Annotated[str, rule.label]
+    stage: Annotated[str, rule.stage]
     round: Annotated[int, rule.count]
     attempt: Annotated[int, rule.count]
     task_digest: Annotated[str, rule.digest]

@@ -279,6 +279,32 @@ class StudyPlan(_Public):
             return "plain"
         return "frozen"
 
+    def groups(self, stage: str) -> tuple[str, ...]:
+        """The groups that one stage sends, sorted, frozen ones left out; known to both sides from the plan alone.
+
+        Raises:
+            Refused: ``ROUND_NOT_IN_PLAN`` for a stage that the plan does not have.
+        """
+        slots = sorted(_declared_slots(self.study_schema))
+        match stage:
+            case "marginals" if self.table is not None:
+                names = [f"table/{self.table.slot}"]
+            case "recentre" if self.recentre is not None:
+                names = [f"mean/{slot}" for slot in self.recentre.slots]
+            case "codec" if self.codec is not None:
+                names = [f"codec/{slot}" for slot in self.codec.slots]
+            case "core":
+                names = ["trunk", *(f"slot/{slot}" for slot in slots if self.training.group == "all")]
+            case "audit" if self.audit.attacks:
+                names = ["audit"]
+            case _:
+                raise Refused("ROUND_NOT_IN_PLAN", f"stage {stage!r}")
+        return tuple(name for name in sorted(names) if self.exchange(name) != "frozen")
+
+    def weight(self, site: str) -> float:
+        """The public weight of a site's updates in a mean: its declared capacity over the largest one declared."""
+        return self.roster[site].n_decl / max(entry.n_decl for entry in self.roster.values())
+
     def cohort(self, group: str, invited: tuple[str, ...]) -> tuple[str, ...]:
         """The invited owners of ``group``, sorted: the sites between which its masks run."""
         return tuple(site for site in self.owners(group) if site in invited)

@@ -8,35 +8,36 @@ text written at a site could be put. What a field does not hold was not measured
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from privacy.audit.bounds import ThresholdCounts
 from privacy.boundary.refusals import RefusalCode
+from server.release.measures import (
+    Correlation,
+    Count,
+    Digest,
+    FidelityRow,
+    Frozen,
+    GroupName,
+    Marginal,
+    Name,
+    Sentence,
+    Sheet,
+    Trace,
+    Utility,
+)
 
 SCHEMA_VERSION = "medgen.report/1"
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9@][A-Za-z0-9 ._@+=:%(),<>-]{0,79}$")]
-GroupName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][A-Za-z0-9_.-]{0,47}(/[a-z0-9][A-Za-z0-9_.-]{0,47})?$")]
-Sentence = Annotated[str, StringConstraints(min_length=1, max_length=600, pattern=r"^[^\\<>{}\x00-\x1f]*$")]
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Figure = Annotated[str, StringConstraints(pattern=r"^figures/[a-z0-9][a-z0-9_-]{0,63}\.png$")]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-
-# (words in a sentence that would mean somebody pasted a location into it)
-_PATHS = ("://", "/home", "/data", "/mnt", "/tmp", "/var", "/etc", "/root", "/work", "C:")
+# A text that fits this names a place (an absolute or home path, a parent folder, an address); a report names things.
+_PLACE = re.compile(r"""(?:^|[\s(=:'"])[/~]/?[A-Za-z]|://|\.\./|\b[A-Za-z]:[\\/]""")
 
 
-class _Frozen(BaseModel):
-    """Frozen; unknown keys are refused; infinity survives JSON as the word."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class StagePromise(_Frozen):
+class StagePromise(Frozen):
     """One step that reads patients under the guarantee, and what it costs by itself.
 
     Attributes:
@@ -62,48 +63,94 @@ class StagePromise(_Frozen):
     epsilon: float = Field(ge=0)
 
 
-class Promise(_Frozen):
+class Promise(Frozen):
     """The DP statement, with nothing left implicit.
 
     Attributes:
+        sentence: the promise in one sentence.
         unit: what one example is.
-        relation: which two data sets count as neighbours.
+        relation: which two data sets count as neighbours, with ``relation_text`` in plain words.
         epsilon: total over all stages, spares included, per site.
         delta: failure probability.
         mu: smallest Gaussian that dominates the privacy profile.
         epsilon_replace_one: the same events under the replace-one relation.
         epsilon_two_sites: for a patient whose records lie at two sites.
         epsilon_check: the same events by a second accountant.
-        sampling: the sampler that really ran.
-        divisor: what sums are divided by.
-        accountant: which accountant gave ``epsilon``.
+        sampling_text: the sampler that really ran.
+        divisor_text: what sums are divided by.
+        accountant: which accountant gave ``epsilon``, and which checked it.
         max_visits: visits per patient that can enter at most.
         deterministic: noise came from the test switch: not private.
         stages: each step with its own cost.
+        not_covered: what the promise does not say.
     """
 
+    sentence: Sentence
     unit: Name = "patient"
     relation: Name = "zero-out"
+    relation_text: Sentence
     epsilon: float = Field(ge=0)
     delta: float = Field(gt=0, lt=1)
     mu: float | None = Field(default=None, ge=0)
     epsilon_replace_one: float | None = Field(default=None, ge=0)
     epsilon_two_sites: float | None = Field(default=None, ge=0)
     epsilon_check: float | None = Field(default=None, ge=0)
-    sampling: Sentence = "Poisson over patients, fresh and secret at each step, drawn at the site"
-    divisor: Sentence = "public: sampling rate times the declared capacity"
-    accountant: Name = "PLD"
+    sampling_text: Sentence
+    divisor_text: Sentence = "Sums are divided by sampling rate times declared capacity: public constants."
+    accountant: Sentence
     max_visits: int = Field(default=1, ge=1)
     deterministic: bool = False
     stages: tuple[StagePromise, ...] = Field(min_length=1)
+    not_covered: tuple[Sentence, ...] = ()
 
     @property
     def private(self) -> bool:
         """Whether anything is promised at all."""
         return math.isfinite(self.epsilon) and not self.deterministic
 
+    @staticmethod
+    def from_statement(statement: Mapping[str, Any], deterministic: bool = False) -> Promise:
+        """The promise from :func:`privacy.statement.statement`; None there stands for infinity."""
+        return Promise(
+            sentence=statement["sentence"],
+            unit=statement["unit"],
+            relation=statement["relation"],
+            relation_text=statement["relation_text"],
+            epsilon=_finite_or_infinite(statement["epsilon"]),
+            delta=statement["delta"],
+            mu=_finite_or_infinite(statement["mu"]),
+            epsilon_replace_one=_finite_or_infinite(statement["replace_one_epsilon"]),
+            epsilon_two_sites=_finite_or_infinite(statement["two_site_epsilon"]),
+            epsilon_check=_finite_or_infinite(statement["epsilon_prv"]),
+            sampling_text=statement["sampling_text"],
+            accountant=statement["accountant"],
+            max_visits=statement["max_visits"],
+            deterministic=deterministic,
+            stages=tuple(_stage(row) for row in statement["stages"]),
+            not_covered=tuple(statement["not_covered"]),
+        )
 
-class StageSpend(_Frozen):
+
+def _finite_or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _stage(row: Mapping[str, Any]) -> StagePromise:
+    training = row["kind"] == "training"
+    return StagePromise(
+        name=row["name"],
+        kind=row["kind"],
+        rounds=row["rounds"],
+        spare_rounds=row["spare_rounds"],
+        steps=row["steps"] if training else 1,
+        sampling_rate=row["sampling_rate"] if training else 1.0,
+        noise_multiplier=row["sigma"],
+        sensitivity=row["clip"] if training else row["sensitivity"],
+        epsilon=_finite_or_infinite(row["epsilon_alone"]),
+    )
+
+
+class StageSpend(Frozen):
     """Rounds of one stage at one site: planned, answered, and spares used by interrupted ones."""
 
     stage: Name
@@ -122,7 +169,7 @@ class StageSpend(_Frozen):
         return self
 
 
-class SiteSpend(_Frozen):
+class SiteSpend(Frozen):
     """What one site was planned to spend and did spend.
 
     Attributes:
@@ -148,7 +195,7 @@ class SiteSpend(_Frozen):
     refusals: tuple[RefusalCode, ...] = ()
 
 
-class Group(_Frozen):
+class Group(Frozen):
     """A named group of weights: who trained it, how its updates travelled, and why.
 
     Attributes:
@@ -163,7 +210,7 @@ class Group(_Frozen):
     reason: Sentence
 
 
-class Crossing(_Frozen):
+class Crossing(Frozen):
     """One kind of message that left the sites, all sites and rounds together.
 
     Attributes:
@@ -177,7 +224,7 @@ class Crossing(_Frozen):
     bytes: Count
 
 
-class UncoveredQuery(_Frozen):
+class UncoveredQuery(Frozen):
     """A query outside the guarantee: times asked of the busiest site, and the cap on it."""
 
     query: Name
@@ -189,7 +236,7 @@ class UncoveredQuery(_Frozen):
 Access = Literal["final weights", "cohort only", "no model", "round transcript"]
 
 
-class AttackCounts(_Frozen):
+class AttackCounts(Frozen):
     """One attack as it came over the boundary: counts at pre-registered thresholds, summed over sites.
 
     Attributes:
@@ -226,7 +273,7 @@ class AttackCounts(_Frozen):
             return None
 
 
-class Validity(_Frozen):
+class Validity(Frozen):
     """Controls of the audit; what is None was not run.
 
     Attributes:
@@ -240,106 +287,7 @@ class Validity(_Frozen):
     planted: AttackCounts | None = None
 
 
-class FidelityRow(_Frozen):
-    """One measure of the cohort against the *public* reference population (never against real patients).
-
-    Attributes:
-        value: the measure for the cohort.
-        floor: the same between two halves of the reference: as good as sampling allows.
-        better: which direction is better.
-    """
-
-    part: Literal["table", "series", "image", "coherence"]
-    subject: Name
-    measure: Name
-    value: float
-    floor: float | None = None
-    better: Literal["lower", "higher"] = "lower"
-
-
-class Marginal(_Frozen):
-    """Shares per public bin or category of one table column."""
-
-    column: Name
-    unit: str = Field(default="", max_length=24)
-    labels: tuple[str, ...] = Field(min_length=1, max_length=40)
-    synthetic: tuple[Share, ...]
-    public: tuple[Share, ...]
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not len(self.labels) == len(self.synthetic) == len(self.public):
-            raise ValueError(f"column {self.column}: expected one share per label in both populations")
-        return self
-
-
-class Trace(_Frozen):
-    """One series channel over time: mean and 10 % to 90 % range of both populations; None where nothing was seen."""
-
-    channel: Name
-    unit: str = Field(default="", max_length=24)
-    hours: tuple[float, ...] = Field(min_length=1)
-    synthetic_mean: tuple[float | None, ...]
-    synthetic_low: tuple[float | None, ...]
-    synthetic_high: tuple[float | None, ...]
-    public_mean: tuple[float | None, ...]
-    public_low: tuple[float | None, ...]
-    public_high: tuple[float | None, ...]
-
-
-class Correlation(_Frozen):
-    """Correlation of something measured *in the image* with a table column of the same patient."""
-
-    attribute: Name
-    column: Name
-    synthetic: float = Field(ge=-1, le=1)
-    public: float = Field(ge=-1, le=1)
-    shuffled: float | None = Field(default=None, ge=-1, le=1)
-
-
-class Utility(_Frozen):
-    """A predictor's AUC as concordant pairs among pre-drawn (event, no event) pairs of real held-out patients.
-
-    Attributes:
-        concordant: pairs ordered rightly, ties counted one half and rounded down at each site.
-        real: whether the pairs are real held-out patients (an entry of the audit message) or public ones.
-    """
-
-    task: Name
-    trained_on: Literal["synthetic", "public", "real"]
-    concordant: Count
-    pairs: int = Field(ge=1)
-    real: bool = True
-    sites: tuple[Name, ...] = ()
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.concordant > self.pairs:
-            raise ValueError(f"utility {self.task}: {self.concordant} concordant of {self.pairs} pairs")
-        return self
-
-
-class Sheet(_Frozen):
-    """Two contact sheets of one instance: synthetic patients, and public phantoms beside them.
-
-    Attributes:
-        synthetic: figure file drawn from the cohort.
-        public: figure file drawn from the public reference population.
-        synthetic_labels: factor levels of the synthetic tiles, row by row.
-    """
-
-    instance: Name
-    title: Sentence
-    unit: str = Field(default="", max_length=24)
-    synthetic: Figure
-    synthetic_sha256: Digest
-    public: Figure
-    public_sha256: Digest
-    synthetic_labels: tuple[Name, ...] = ()
-    public_labels: tuple[Name, ...] = ()
-
-
-class Cohort(_Frozen):
+class Cohort(Frozen):
     """What would be released.
 
     Attributes:
@@ -357,7 +305,7 @@ class Cohort(_Frozen):
     forbidden_use: Sentence = "Clinical decisions; any attempt to find or re-identify a person."
 
 
-class PublicData(_Frozen):
+class PublicData(Frozen):
     """The public population that pre-trained the model and that fidelity is measured against."""
 
     name: Name
@@ -365,7 +313,7 @@ class PublicData(_Frozen):
     overlap: Literal["generated", "checked", "public by assertion"] = "public by assertion"
 
 
-class Evidence(_Frozen):
+class Evidence(Frozen):
     """The whole of what is known about one release candidate."""
 
     study: Name
@@ -393,7 +341,7 @@ class Evidence(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        found = next((text for text in _texts(self.model_dump()) if any(path in text for path in _PATHS)), None)
+        found = next((text for text in _texts(self.model_dump()) if _PLACE.search(text)), None)
         if found is not None:
             raise ValueError(f"{found[:40]!r} looks like a path or address; a report names things, not places")
         for kind, names in (

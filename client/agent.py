@@ -1,0 +1,170 @@
+"""The trusted site agent: the only code that opens data, keys and ledger. Bytes in, bytes out, no state but the folder.
+
+Every request is checked against the site's own policy before a record is opened; every answer is on disk before its
+first byte leaves; whatever goes wrong is written to the site's own log and leaves as a code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+
+from client import enrolment, policy
+from client.outbox import Outbox
+from client.parts import PartStore
+from client.policy import SiteConfig
+from privacy.boundary.messages import (
+    REQUESTS,
+    Approval,
+    CapabilitiesRequest,
+    MaskedAnswer,
+    PartPut,
+    PartQuery,
+    PartsMissing,
+    PartStored,
+    PlanProposal,
+    Refusal,
+    Reply,
+    Request,
+    RoundTask,
+    UnmaskAnswer,
+    UnmaskRequest,
+    parse_as,
+    to_bytes,
+)
+from privacy.boundary.plan import StudyPlan
+from privacy.boundary.refusals import Refused
+from privacy.boundary.signing import verify_task, verify_unmask
+from privacy.chain import now_utc
+from privacy.identity import MaskingKey
+from privacy.ledger import DpToken, Ledger
+from privacy.masking import Cohort, Party, mask, quantise, unmask_seeds
+
+AUDIT = "audit"
+
+
+class SiteAgent:
+    """One hospital's agent over its site folder. A new object for every request answers the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def handle(self, request: bytes) -> bytes:
+        """Answer one request; never raises for anything that a request or a record can cause."""
+        try:
+            answer = self._answer(parse_as(request, REQUESTS))
+        except Refused as refusal:
+            self._note(f"refused {refusal}")
+            return to_bytes(Refusal(refusal.code))
+        except Exception:  # the wall: the text stays in the site's own log
+            self._note(traceback.format_exc())
+            return to_bytes(Refusal("SITE_UNAVAILABLE"))
+        return answer if isinstance(answer, bytes) else to_bytes(answer)
+
+    def _answer(self, request: Request) -> Reply | bytes:
+        match request:
+            case CapabilitiesRequest():
+                config = SiteConfig.load(self._folder)
+                versions = {"medgen": version("medgen")}
+                return enrolment.capabilities(config, versions=versions, hardware=_hardware())
+            case PartQuery(digests):
+                return PartsMissing(PartStore(self._folder).missing(digests))
+            case PartPut(digest, data):
+                PartStore(self._folder).put(digest, data)
+                return PartStored(digest)
+            case PlanProposal(plan, signature):
+                status = policy.propose(self._folder, plan, signature)
+                if status == "rejected":
+                    raise Refused("PLAN_REJECTED")
+                return Approval(policy.plan_hash(plan), status)
+            case RoundTask():
+                return self._round(request)
+            case UnmaskRequest():
+                return self._unmask(request)
+
+    def _round(self, task: RoundTask) -> bytes:
+        """One attempt at one round: checked, charged, computed, masked, stored, and only then answered."""
+        plan = policy.admit(self._folder, task.plan_hash)
+        config = SiteConfig.load(self._folder)
+        digest = verify_task(task, config.coordinator_key())
+        if config.site.name not in task.invited:
+            raise Refused("NOT_INVITED")
+        with config.open_ledger() as ledger:
+            outbox = Outbox(self._folder)
+            outbox.begin(task, digest)
+            if (stored := outbox.get(digest)) is not None:
+                return stored
+            return self._compute(task, digest, plan, config, ledger, outbox)
+
+    def _compute(
+        self, task: RoundTask, digest: str, plan: StudyPlan, config: SiteConfig, ledger: Ledger, outbox: Outbox
+    ) -> bytes:
+        from client import evidence, rounds
+
+        missing = PartStore(self._folder).missing(task.parts)
+        if missing:
+            raise Refused("PARTS_MISSING")
+        if task.stage == AUDIT:
+            token = ledger.uncovered(task.plan_hash, AUDIT, plan.audit.cap, digest)
+            values = evidence.audit(config, plan, task, token)
+            step = 1.0
+        else:
+            token = ledger.intend(task.plan_hash, task.stage, task.round, digest)
+            values, step = rounds.compute(config, plan, task, token)
+        party = self._party(plan, config)
+        groups = {}
+        for name, vector in sorted(values.items()):
+            if plan.exchange(name) == "masked":
+                cohort = Cohort(digest, name, plan.cohort(name, task.invited), plan.min_cohort(name))
+                groups[name] = mask(quantise(vector, len(cohort.members), step).vector, party, cohort)
+            elif plan.exchange(name) == "plain" and task.stage != AUDIT:
+                groups[name] = vector.astype("float32")
+        seq, head = ledger.head
+        answer = to_bytes(MaskedAnswer(digest, groups, seq, head))
+        outbox.put(digest, answer)
+        if isinstance(token, DpToken):
+            ledger.commit(token, hashlib.sha256(answer).hexdigest())
+        return answer
+
+    def _unmask(self, request: UnmaskRequest) -> Reply:
+        """Reveal this site's seeds of one answered attempt, for one survivor set and never for a second."""
+        plan = policy.admit(self._folder, request.plan_hash)
+        config = SiteConfig.load(self._folder)
+        verify_unmask(request, config.coordinator_key())
+        outbox = Outbox(self._folder)
+        stored = outbox.get(request.task_digest)
+        if stored is None:
+            raise Refused("UNKNOWN_TASK")
+        answer = parse_as(stored, MaskedAnswer)
+        claim = outbox.claimed(request.task_digest)
+        if (claim.plan_hash, claim.stage) != (request.plan_hash, request.stage):
+            raise Refused("UNKNOWN_TASK")
+        outbox.settle_survivors(request.task_digest, request.survivors)
+        cohorts = []
+        for name in plan.groups(request.stage):
+            members = plan.cohort(name, claim.invited)
+            if plan.exchange(name) == "masked" and len(members) >= plan.min_cohort(name):
+                cohorts.append(Cohort(request.task_digest, name, members, plan.min_cohort(name)))
+        reveal = unmask_seeds(self._party(plan, config), cohorts, request.survivors)
+        opened = UnmaskAnswer(answer.task_digest, reveal.sealed, reveal.agreement)
+        outbox.record("unmask", to_bytes(opened), about=request.task_digest)
+        return opened
+
+    def _party(self, plan: StudyPlan, config: SiteConfig) -> Party:
+        key = MaskingKey.load(self._folder / "keys" / "masking.key")
+        return Party(config.site.name, key, {site: bytes.fromhex(e.masking_key) for site, e in plan.roster.items()})
+
+    def _note(self, text: str) -> None:
+        """Write to the site's own log; it never leaves."""
+        path = self._folder / "agent.log"
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(f"{now_utc()} {text}\n")
+
+
+def _hardware() -> str:
+    """The class of machine, ``cpu`` or ``gpu``."""
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,249 @@
+"""One local round: the coordinator's weights in, this site's noised numbers out, with the plan's promise in between.
+
+Every stage reads records with the token that its charge in the ledger gave. What is returned has been noised; it is
+weighted by public numbers, and quantised and masked by the agent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from client.enrolment import load_keys
+from client.policy import SiteConfig, dp_plan
+from client.records.load import Records, load
+from client.sitemodel import StudyModel, assemble
+from medgen_models.adapters import group_of
+from medgen_models.flow import FlowConfig, draw, make_unit_loss
+from medgen_models.schema import PatientBatch
+from medgen_models.table_prior import encode_rows
+from medgen_models.tokens import TokenBatch
+from privacy.boundary.messages import RoundTask
+from privacy.boundary.plan import StudyPlan
+from privacy.boundary.refusals import Refused
+from privacy.chain import write_durably
+from privacy.gradients import Speed
+from privacy.ledger import AccessToken, DpToken
+from privacy.marginals import bounded_mean_sum, noisy_marginals
+from privacy.noise import NoiseSource, system_noise, test_noise
+from privacy.plan import QueryStage, TrainingStage
+from privacy.training import train_round
+
+Vectors = dict[str, NDArray[np.float64]]
+
+
+def compute(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken) -> tuple[Vectors, float]:
+    """The site's numbers for one round, by group, and the grid step that they are to be rounded to."""
+    torch.set_num_threads(config.speed.threads or torch.get_num_threads())
+    noise = noise_for(config, plan, task)
+    match task.stage:
+        case "marginals":
+            return _marginals(config, plan, token, noise), plan.quantisation.statistic
+        case "recentre":
+            return _recentre(config, plan, task, token, noise), plan.quantisation.statistic
+        case "core":
+            return _train_core(config, plan, task, token, noise), plan.quantisation.update
+        case "codec":
+            return _train_codecs(config, plan, task, token, noise), plan.quantisation.update
+        case _:
+            raise Refused("ROUND_NOT_IN_PLAN", f"stage {task.stage!r}")
+
+
+def noise_for(config: SiteConfig, plan: StudyPlan, task: RoundTask) -> NoiseSource:
+    """Fresh operating-system noise, or the known stream of the test switch, which the site's policy must admit."""
+    if not plan.deterministic:
+        return system_noise()
+    if not config.policy.deterministic_noise:
+        raise Refused("DETERMINISTIC_NOISE")
+    return test_noise(plan.study, config.site.name, task.stage, task.round, task.attempt)
+
+
+def read_records(config: SiteConfig, plan: StudyPlan, model: StudyModel | None, token: AccessToken) -> Records:
+    """This site's members and held-out patients of the study's slots.
+
+    Raises:
+        Refused: ``SITE_UNAVAILABLE`` where policy says that a site with a bad record sits out.
+    """
+    from medgen_models.schema import Schema
+
+    schema = model.schema if model is not None else Schema.model_validate(plan.study_schema)
+    keys = load_keys(config.folder)
+    slots = plan.roster[config.site.name].slots
+    records = load(
+        config.data,
+        config.folder,
+        schema,
+        slots,
+        token,
+        keys.split.secret_bytes(),
+        config.site.declared_held_out,
+        keys.cache.secret_bytes(),
+    )
+    if config.policy.bad_record == "refuse" and records.problems:
+        raise Refused("SITE_UNAVAILABLE", "policy refuses a site with bad records", "run `medgen site check`")
+    return records
+
+
+def _marginals(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: NoiseSource) -> Vectors:
+    """All marginals of the plan as one noised vector, one row per patient."""
+    assert plan.table is not None
+    records = read_records(config, plan, None, token)
+    schema = _schema(plan)
+    rows = encode_rows(schema, records.members, plan.table.bins)
+    stage = _query(plan, "marginals")
+    tables = noisy_marginals(rows.codes_BC, rows.domain, plan.table.marginals, stage.sigma, noise)
+    return {f"table/{plan.table.slot}": np.concatenate([tables[query].ravel() for query in plan.table.marginals])}
+
+
+def _recentre(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:
+    """The noised sum of mean token vectors and of presence, per owned image slot, as one clipped vector a patient."""
+    assert plan.recentre is not None
+    model = assemble(config.folder, plan, task)
+    records = read_records(config, plan, model, token)
+    owned = [slot for slot in plan.recentre.slots if slot in plan.roster[config.site.name].slots]
+    parts = {slot: mean_tokens(model, records.members, slot, plan.recentre.bound) for slot in owned}
+    stage = _query(plan, "recentre")
+    joined = np.concatenate([parts[slot] for slot in owned], axis=1) if owned else np.zeros((0, 0))
+    total = bounded_mean_sum(joined, plan.recentre.bound, stage.sigma, noise)
+    ends = np.cumsum([parts[slot].shape[1] for slot in owned])
+    pieces = np.split(total, ends[:-1])
+    return {f"mean/{slot}": piece for slot, piece in zip(owned, pieces, strict=True)}
+
+
+def mean_tokens(model: StudyModel, members: PatientBatch, slot: str, bound: float) -> NDArray[np.float64]:
+    """Per patient: a presence number of size ``bound``/4, then the mean token vector of all that patient's images."""
+    tokens = model.bank.encode(members)
+    layout = model.layout
+    present, total = 0.0, 0.0
+    for i in layout.members(slot):
+        here = (tokens.present_BVI[:, :, i] & tokens.visit_BV).double()
+        block = tokens.z_BVNW[:, :, layout.span(i), : layout.width_I[i]].double().flatten(2)
+        present = present + here.sum(dim=1)
+        total = total + (block * here[..., None]).sum(dim=1)
+    count = torch.as_tensor(present).clamp(min=1.0)[:, None]
+    flag = (torch.as_tensor(present) > 0).double()[:, None]
+    return np.asarray(torch.cat([flag * bound / 4, torch.as_tensor(total) / count], dim=1).numpy())
+
+
+def _train_core(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:
+    """DP steps on the trained group of the core; the answer is the weighted change of each parameter group."""
+    model = assemble(config.folder, plan, task)
+    records = read_records(config, plan, model, token)
+    tokens = model.bank.encode(records.members)
+    groups = owned_groups(config, plan, task)
+    params = {name: value for name, value in model.trainable().items() if group_of(name) in groups}
+    stage = _training(plan, "core")
+    flow = FlowConfig(**{**model.flow.__dict__, "draws": stage.draws})
+
+    def prepare(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        part: TokenBatch = tokens.select(rows)
+        noise_draws = draw(model.layout, part.present_BVI, part.visit_BV, flow, generator)
+        return {**part.as_dict(), **noise_draws}
+
+    after = _train(config, plan, task, stage, params, make_unit_loss(model.core), len(tokens), prepare, noise)
+    return changes(params, after, {name: group_of(name) for name in params}, plan.weight(config.site.name), groups)
+
+
+def _train_codecs(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:
+    """DP steps on the owned codecs together: one clip over a patient's images and row."""
+    model = assemble(config.folder, plan, task)
+    records = read_records(config, plan, model, token)
+    groups = owned_groups(config, plan, task)
+    slots = [name.removeprefix("codec/") for name in groups]
+    params, unit_loss, units = model.codec_training(records.members, slots)
+    stage = _training(plan, "codec")
+
+    def prepare(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return units(rows, generator)
+
+    after = _train(config, plan, task, stage, params, unit_loss, len(records.members), prepare, noise)
+    names = {name: f"codec/{name.split('/', 1)[0]}" for name in params}
+    return changes(params, after, names, plan.weight(config.site.name), groups)
+
+
+def owned_groups(config: SiteConfig, plan: StudyPlan, task: RoundTask) -> tuple[str, ...]:
+    """Groups of this stage that this site trains: those it owns and whose cohort is invited in strength."""
+    return tuple(name for name in plan.groups(task.stage) if config.site.name in plan.owners(name))
+
+
+def changes(
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    group: Mapping[str, str],
+    weight: float,
+    groups: tuple[str, ...],
+) -> Vectors:
+    """Weighted change per group: parameters in the order of their names, flattened one after another."""
+    out: Vectors = {}
+    for name in groups:
+        members = sorted(key for key in before if group[key] == name)
+        pieces = [((after[key] - before[key]).double() * weight).flatten().numpy() for key in members]
+        out[name] = np.concatenate(pieces) if pieces else np.zeros(0)
+    return out
+
+
+def _train(
+    config: SiteConfig,
+    plan: StudyPlan,
+    task: RoundTask,
+    stage: TrainingStage,
+    params: Mapping[str, Tensor],
+    unit_loss: object,
+    patients: int,
+    prepare: object,
+    noise: NoiseSource,
+) -> Mapping[str, Tensor]:
+    """One round through the privacy room; the optimizer's state, made of noised numbers, stays on site between rounds."""
+    if not params:
+        return {}
+    learning_rate = plan.codec.learning_rate if task.stage == "codec" and plan.codec else plan.training.learning_rate
+    state = _state_path(config, task, task.round - 1)
+    outcome = train_round(
+        params=params,
+        unit_loss=unit_loss,  # type: ignore[arg-type]
+        patients=patients,
+        prepare=prepare,  # type: ignore[arg-type]
+        stage=stage,
+        n_decl=plan.roster[config.site.name].n_decl,
+        learning_rate=learning_rate * anneal(task.round, stage.rounds),
+        speed=Speed(engine=config.speed.engine, chunk=config.speed.chunk, threads=config.speed.threads or 1),
+        noise=noise,
+        optimizer_state=load_file(state) if state.is_file() else None,
+    )
+    body = save({name: value.contiguous() for name, value in outcome.optimizer_state.items()})
+    write_durably(_state_path(config, task, task.round), bytes(body))
+    return outcome.params
+
+
+def anneal(round: int, rounds: int) -> float:
+    """Cosine from 1 in the first round to a quarter in the last; public.
+
+    >>> anneal(0, 4), anneal(3, 4)
+    (1.0, 0.25)
+    """
+    return 0.25 + 0.75 * (1 + math.cos(math.pi * round / max(1, rounds - 1))) / 2
+
+
+def _state_path(config: SiteConfig, task: RoundTask, round: int) -> Path:
+    return config.folder / "state" / task.plan_hash / f"{task.stage}-{round:04d}.safetensors"
+
+
+def _schema(plan: StudyPlan):  # type: ignore[no-untyped-def]
+    from medgen_models.schema import Schema
+
+    return Schema.model_validate(plan.study_schema)
+
+
+def _query(plan: StudyPlan, name: str) -> QueryStage:
+    return dp_plan(plan).query(name)
+
+
+def _training(plan: StudyPlan, name: str) -> TrainingStage:
+    return dp_plan(plan).training(name)

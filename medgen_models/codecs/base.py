@@ -1,0 +1,47 @@
+"""What every codec offers: an instance of raw values to tokens and back, with public arrays only.
+
+Token scale is fixed and public: encoded public data have roughly unit variance. Shape legend: B records (any patients and
+visits, folded), T tokens of one instance, W its token width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """One slot's codec; stateless apart from its public tensors."""
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of one instance."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """W, numbers in a token."""
+        ...
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, *raw) to (B, T, W); finite for every input, 0 where a value is missing."""
+        ...
+
+    def weight(self, x: Tensor) -> Tensor:
+        """(B, *raw) to (B, T, W): 1 on recorded numbers, 0 on padding and on values that are missing."""
+        ...
+
+    def decode(self, z_BTW: Tensor) -> Tensor:
+        """(B, T, W) to (B, *raw) in the ranges of :class:`medgen_models.schema.PatientBatch`."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The public arrays that rebuild this codec for its slot."""
+        ...
+
+
+def dense_weight(x: Tensor, tokens: int, width: int) -> Tensor:
+    """Weight 1 everywhere: images have no missing part."""
+    return torch.ones(x.shape[0], tokens, width, device=x.device)

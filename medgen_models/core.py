@@ -1,0 +1,245 @@
+"""The core: one pre-norm transformer over all tokens of a visit, the denoiser for every task.
+
+Each instance has its own diffusion time and state; time, state, slot, factors and time gap give one conditioning vector
+per instance, which modulates its tokens (AdaLN-zero, Peebles and Xie (2023)). The vector is computed once per instance
+and spread over tokens by ``onehot @ vector``: indexing costs four times as much in the backward pass. Instances that are absent
+are masked from attention; a register token is always there, so that attention never runs over an empty set.
+
+Every layer is a Linear, a LayerNorm or a matrix product, nothing is in place and no layer sees two patients, so that
+per-patient gradients are exact under ``torch.func.vmap(torch.func.grad(...))``.
+
+Shape legend: G folded batch (draws, visits, patients), I instances, N tokens, W token width, M = N + 1 tokens with the
+register, E model width, H heads, F factors, C conditioning features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from medgen_models.layout import Layout
+
+ABSENT, GIVEN, NOISED, REFERENCE = 0, 1, 2, 3
+"""States of an instance: masked out; clean condition; target; clean earlier image with a time gap."""
+STATES = 4
+_TIME_FEATURES = 32
+_GAP_FEATURES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreConfig:
+    """Size of the core.
+
+    Attributes:
+        width, layers, heads: of the transformer; width is a multiple of heads.
+        ratio: hidden width of the feed-forward part relative to width.
+        lora_rank: rank of adapters on every trunk layer; 0 means none.
+        lora_scale: factor on the adapters' output.
+    """
+
+    width: int = 96
+    layers: int = 4
+    heads: int = 4
+    ratio: int = 4
+    lora_rank: int = 0
+    lora_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not divide."""
+        if self.width % self.heads or self.width < 2 or self.layers < 1:
+            raise ValueError(f"core: expected width a multiple of heads and layers >= 1, got {self}; change the sizes")
+
+
+class AdaptedLinear(nn.Module):
+    """A Linear layer with an optional low-rank adapter (Hu et al. (2022), eq. 3); the adapter starts at zero."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float) -> None:
+        super().__init__()
+        self.rank, self.scale = rank, scale
+        self.base = skip_init(nn.Linear, inputs, outputs)
+        if rank:
+            self.lora_A = nn.Parameter(torch.zeros(rank, inputs))
+            self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, inputs) to (…, outputs)."""
+        out: Tensor = self.base(x)
+        if not self.rank:
+            return out
+        return out + self.scale * ((x @ self.lora_A.mT) @ self.lora_B.mT)
+
+
+class _Layer(nn.Module):
+    """Attention and feed-forward, both modulated per instance."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        super().__init__()
+        width, rank, scale = config.width, config.lora_rank, config.lora_scale
+        self.heads = config.heads
+        self.norm_attention = nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv = AdaptedLinear(width, 3 * width, rank, scale)
+        self.merge = AdaptedLinear(width, width, rank, scale)
+        self.norm_forward = nn.LayerNorm(width, elementwise_affine=False)
+        self.up = AdaptedLinear(width, config.ratio * width, rank, scale)
+        self.down = AdaptedLinear(config.ratio * width, width, rank, scale)
+        self.modulate = skip_init(nn.Linear, width, 6 * width)
+
+    def forward(self, h_GME: Tensor, condition_GJE: Tensor, spread_MJ: Tensor, bias_G11M: Tensor) -> Tensor:
+        """One layer; J = instances and the register."""
+        modulation = spread_MJ @ self.modulate(condition_GJE)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, dim=-1)
+        a = self.norm_attention(h_GME) * (1.0 + scale_a) + shift_a
+        h_GME = h_GME + gate_a * self.merge(self._attend(self.qkv(a), bias_G11M))
+        f = self.norm_forward(h_GME) * (1.0 + scale_f) + shift_f
+        return h_GME + gate_f * self.down(nn.functional.gelu(self.up(f), approximate="tanh"))
+
+    def _attend(self, qkv: Tensor, bias_G11M: Tensor) -> Tensor:
+        g, m, _ = qkv.shape
+        q, k, v = qkv.reshape(g, m, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        scores_GHMM = (q * q.shape[-1] ** -0.5) @ k.mT + bias_G11M
+        return (scores_GHMM.softmax(dim=-1) @ v).transpose(1, 2).reshape(g, m, -1)
+
+
+class _Trunk(nn.Module):
+    """What every site shares: conditioning, register token, layers, final norm."""
+
+    def __init__(self, config: CoreConfig, slots: int) -> None:
+        super().__init__()
+        width = config.width
+        self.register = nn.Parameter(torch.zeros(width))
+        self.state = nn.Parameter(torch.zeros(STATES, width))
+        self.time = skip_init(nn.Linear, _TIME_FEATURES + _GAP_FEATURES, width)
+        self.mix = skip_init(nn.Linear, width, width)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulate = skip_init(nn.Linear, width, 2 * width)
+
+
+class _SlotDoor(nn.Module):
+    """What belongs to one slot: token projections, positions and one embedding per instance."""
+
+    def __init__(self, width: int, tokens: int, token_width: int, instances: int) -> None:
+        super().__init__()
+        self.enter = skip_init(nn.Linear, token_width, width)
+        self.leave = skip_init(nn.Linear, width, token_width)
+        self.position = nn.Parameter(torch.zeros(tokens, width))
+        self.instance = nn.Parameter(torch.zeros(instances, width))
+
+
+class _FactorTable(nn.Module):
+    """Embedding of one factor; row 0 stands for unknown or dropped."""
+
+    def __init__(self, width: int, levels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(levels + 1, width))
+
+
+class TokenCore(nn.Module):
+    """The denoiser of a study.
+
+    Parameter names start with their group: ``trunk.``, ``slot.<slot>.``, ``factor.<factor>.``.
+
+    Args:
+        layout: of the study.
+        config: size.
+        generator: draws the initial weights.
+    """
+
+    def __init__(self, layout: Layout, config: CoreConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.layout, self.config = layout, config
+        sizes = [(layout.members(name)) for name in layout.slots]
+        self.trunk = _Trunk(config, len(layout.slots))
+        self.slot = nn.ModuleDict(
+            {
+                name: _SlotDoor(config.width, layout.tokens_I[own[0]], layout.width_I[own[0]], len(own))
+                for name, own in zip(layout.slots, sizes, strict=True)
+            }
+        )
+        self.factor = nn.ModuleDict({f.name: _FactorTable(config.width, len(f.levels)) for f in layout.factors})
+        self.register_buffer("onehot_NI", layout.onehot_NI(), persistent=False)
+        spread = torch.zeros(layout.tokens + 1, layout.instances + 1)
+        spread[0, 0] = 1.0
+        spread[1:, 1:] = layout.onehot_NI()
+        self.register_buffer("spread_MJ", spread, persistent=False)
+        frequencies = torch.exp(torch.linspace(0.0, math.log(200.0), _TIME_FEATURES // 2))
+        self.register_buffer("time_frequencies", frequencies, persistent=False)
+        gap_frequencies = torch.exp(torch.linspace(math.log(0.5), math.log(8.0), _GAP_FEATURES // 2))
+        self.register_buffer("gap_frequencies", gap_frequencies, persistent=False)
+        self._initialise(generator)
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        """Weights of deviation 1/sqrt(inputs), embeddings .02, and zero where AdaLN-zero and adapters ask for it."""
+        for name, parameter in self.named_parameters():
+            last = name.rsplit(".", 1)[-1]
+            if "modulate." in name or ".leave." in name or last in ("bias", "lora_B"):
+                parameter.zero_()
+            elif last == "weight" and not name.startswith("factor.") or last == "lora_A":
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.1, generator=generator)
+
+    def forward(self, x_GNW: Tensor, state_GI: Tensor, time_GI: Tensor, factor_GIF: Tensor, gap_GI: Tensor) -> Tensor:
+        """Clean-token prediction.
+
+        Args:
+            x_GNW: tokens at their time (clean where given).
+            state_GI: one of :data:`ABSENT`, :data:`GIVEN`, :data:`NOISED`, :data:`REFERENCE`.
+            time_GI: diffusion time in [0, 1]; 0 is clean.
+            factor_GIF: factor levels, 0 for unknown or dropped.
+            gap_GI: hours between a reference and the instance it precedes.
+
+        Returns:
+            x̂_GNW, 0 on padding; meaningless on tokens that are not noised.
+        """
+        condition_GJE = self._condition(state_GI, time_GI, factor_GIF, gap_GI)
+        present_GI = (state_GI != ABSENT).to(x_GNW.dtype)
+        present_GN = present_GI @ self.onehot_NI.mT
+        h_GME = self._enter(x_GNW) * torch.nn.functional.pad(present_GN, (1, 0), value=1.0)[..., None]
+        bias_G11M = ((torch.nn.functional.pad(present_GN, (1, 0), value=1.0) - 1.0) * 1e4)[:, None, None, :]
+        for layer in self.trunk.layers:
+            h_GME = layer(h_GME, condition_GJE, self.spread_MJ, bias_G11M)
+        shift, scale = (self.spread_MJ @ self.trunk.modulate(condition_GJE)).chunk(2, dim=-1)
+        return self._leave((self.trunk.norm(h_GME) * (1.0 + scale) + shift)[:, 1:])
+
+    def _condition(self, state_GI: Tensor, time_GI: Tensor, factor_GIF: Tensor, gap_GI: Tensor) -> Tensor:
+        """One vector per instance, the register's first: (G, 1 + I, E)."""
+        angle = time_GI[..., None] * self.time_frequencies
+        log_gap = torch.log1p(gap_GI.clamp_min(0.0))[..., None] * self.gap_frequencies
+        features_GIC = torch.cat([angle.sin(), angle.cos(), log_gap.sin(), log_gap.cos() - 1.0], dim=-1)
+        out = self.trunk.time(features_GIC) + _onehot(state_GI, STATES) @ self.trunk.state
+        out = out + torch.cat([self.slot[name].instance for name in self.layout.slots])
+        for f, factor in enumerate(self.layout.factors):
+            out = out + _onehot(factor_GIF[..., f], len(factor.levels) + 1) @ self.factor[factor.name].weight
+        out = nn.functional.silu(self.trunk.mix(nn.functional.silu(out)))
+        return torch.nn.functional.pad(out, (0, 0, 1, 0))
+
+    def _enter(self, x_GNW: Tensor) -> Tensor:
+        """Tokens to model width, positions added, the register in front: (G, M, E)."""
+        parts = [self.trunk.register.expand(x_GNW.shape[0], 1, -1)]
+        for name in self.layout.slots:
+            door, members = self.slot[name], self.layout.members(name)
+            span = slice(self.layout.span(members[0]).start, self.layout.span(members[-1]).stop)
+            h = door.enter(x_GNW[:, span, : self.layout.width_I[members[0]]])
+            position = torch.cat([door.position + door.instance[k] for k in range(len(members))])
+            parts.append(h + position)
+        return torch.cat(parts, dim=1)
+
+    def _leave(self, h_GNE: Tensor) -> Tensor:
+        parts = []
+        for name in self.layout.slots:
+            door, members = self.slot[name], self.layout.members(name)
+            span = slice(self.layout.span(members[0]).start, self.layout.span(members[-1]).stop)
+            out = door.leave(h_GNE[:, span])
+            parts.append(torch.nn.functional.pad(out, (0, self.layout.width - out.shape[-1])))
+        return torch.cat(parts, dim=1)
+
+
+def _onehot(index: Tensor, levels: int) -> Tensor:
+    """One-hot by comparison: ``torch.nn.functional.one_hot`` is refused under ``vmap``."""
+    return (index[..., None] == torch.arange(levels, device=index.device)).to(torch.get_default_dtype())

@@ -1,0 +1,128 @@
+"""One study in progress at the coordinator: its plan and keys, its public model, and the conversation with its sites."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from medgen_models.schema import Schema
+from privacy.boundary.messages import Approval, PartPut, PartQuery, PartsMissing, PartStored, PlanProposal, Refusal
+from privacy.boundary.plan import StudyPlan
+from privacy.boundary.signing import verify_plan
+from privacy.identity import IdentityKey
+from privacy.plan import DPPlan
+from server.aggregation import Aggregator, StudyError
+from server.checkpoints import Checkpoints
+from server.events import EventLog
+from server.exchange import Exchange
+from server.runfolder import RunFolder
+from server.study import StudyConfig
+
+COORDINATOR_KEY = "identity.key"
+PART_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the stages of a study need; made by :func:`open_session`."""
+
+    folder: RunFolder
+    config: StudyConfig
+    schema: Schema
+    plan: StudyPlan
+    dp: DPPlan
+    key: IdentityKey
+    signature: bytes
+    exchange: Exchange
+    aggregator: Aggregator
+    checkpoints: Checkpoints
+    events: EventLog
+
+    @property
+    def public_parts(self) -> tuple[str, ...]:
+        """Digests of the public model's parts, in order."""
+        return tuple(part.digest for part in self.plan.public_model)
+
+    def read_public_part(self, name: str) -> bytes:
+        """One file of the public model."""
+        return (Path(self.folder.public_pointer.read_text(encoding="utf-8")) / "parts" / name).read_bytes()
+
+
+def open_session(grid: Grid, folder: RunFolder, events: EventLog) -> Session:
+    """Read a planned study from its run folder.
+
+    Raises:
+        StudyError: the plan and its signature do not belong together, or a file is missing.
+    """
+    try:
+        config = StudyConfig.model_validate_json(folder.study.read_bytes())
+        schema = Schema.model_validate_json(folder.schema.read_bytes())
+        key = IdentityKey.load(folder.coordinator / COORDINATOR_KEY)
+        signature = bytes.fromhex(folder.plan_signature.read_text(encoding="ascii"))
+        plan = verify_plan(folder.plan.read_bytes(), signature, key.public)
+    except (OSError, ValueError) as error:
+        raise StudyError(f"the run folder {folder.path} cannot be opened: {error}") from error
+    exchange = Exchange(grid, config.execution.deadline_s, events)
+    return Session(
+        folder=folder,
+        config=config,
+        schema=schema,
+        plan=plan,
+        dp=DPPlan.from_dict(dict(plan.dp)),
+        key=key,
+        signature=signature,
+        exchange=exchange,
+        aggregator=Aggregator(plan, key, exchange, folder, events),
+        checkpoints=Checkpoints(folder.checkpoints),
+        events=events,
+    )
+
+
+def gather(session: Session) -> tuple[str, ...]:
+    """Call the roll, check that each site approved this very plan, and deliver the public model. Returns who takes part.
+
+    Raises:
+        StudyError: fewer sites than the smallest cohort.
+    """
+    found = session.exchange.discover(session.plan.study, sorted(session.plan.roster))
+    sites = []
+    proposal = PlanProposal(session.plan.canonical(), session.signature)
+    for site, reply in session.exchange.ask(dict.fromkeys(found, proposal)).items():
+        if isinstance(reply, Approval) and reply.plan_hash == session.plan.hash and reply.status == "approved":
+            sites.append(site)
+        else:
+            code = reply.code if isinstance(reply, Refusal) else "NOT_APPROVED"
+            session.events.write("sits-out", site=site, code=code)
+    parts = {part.digest: session.read_public_part(part.name) for part in session.plan.public_model}
+    ready = deliver(session, sites, parts)
+    if not ready:
+        raise StudyError("no site takes part: none answered with an approval of this plan; see the event file for the codes")
+    return ready
+
+
+def deliver(session: Session, sites: Sequence[str], parts: dict[str, bytes]) -> tuple[str, ...]:
+    """Send each site the parts that it lacks; a site that does not take them is left out. Returns the others."""
+    lacking: dict[str, tuple[str, ...]] = {}
+    for site, reply in session.exchange.ask(dict.fromkeys(sites, PartQuery(tuple(parts)))).items():
+        if isinstance(reply, PartsMissing):
+            lacking[site] = tuple(digest for digest in reply.digests if digest in parts)
+    while any(lacking.values()):
+        turn = {site: digests[0] for site, digests in lacking.items() if digests}
+        replies = session.exchange.ask({site: PartPut(digest, parts[digest]) for site, digest in turn.items()})
+        for site, reply in replies.items():
+            if isinstance(reply, PartStored) and reply.digest == turn[site]:
+                lacking[site] = lacking[site][1:]
+            else:
+                session.events.write("sits-out", site=site, code="PARTS_MISSING")
+                del lacking[site]
+    return tuple(sorted(lacking))
+
+
+def split_parts(data: bytes) -> list[tuple[str, bytes]]:
+    """``data`` in pieces of at most 4 MiB with their SHA-256, in order."""
+    pieces = [data[i : i + PART_BYTES] for i in range(0, len(data), PART_BYTES)]
+    return [(hashlib.sha256(piece).hexdigest(), piece) for piece in pieces]
