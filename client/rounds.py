@@ -6,6 +6,7 @@ weighted by public numbers, and quantised and masked by the agent.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,22 +20,23 @@ from torch import Tensor
 from client.enrolment import load_keys
 from client.policy import SiteConfig, dp_plan
 from client.records.load import Records, load
-from client.sitemodel import StudyModel, assemble
+from client.sitemodel import model_of
 from medgen_models.adapters import group_of
-from medgen_models.flow import FlowConfig, draw, make_unit_loss
-from medgen_models.schema import PatientBatch
+from medgen_models.assembly import StudyModel
+from medgen_models.flow import draw, make_unit_loss
+from medgen_models.schema import Schema
 from medgen_models.table_prior import encode_rows
 from medgen_models.tokens import TokenBatch
 from privacy.boundary.messages import RoundTask
 from privacy.boundary.plan import StudyPlan
 from privacy.boundary.refusals import Refused
 from privacy.chain import write_durably
-from privacy.gradients import Speed
+from privacy.gradients import Speed, UnitLoss
 from privacy.ledger import AccessToken, DpToken
 from privacy.marginals import bounded_mean_sum, noisy_marginals
 from privacy.noise import NoiseSource, system_noise, test_noise
 from privacy.plan import QueryStage, TrainingStage
-from privacy.training import train_round
+from privacy.training import Prepare, train_round
 
 Vectors = dict[str, NDArray[np.float64]]
 
@@ -71,8 +73,6 @@ def read_records(config: SiteConfig, plan: StudyPlan, model: StudyModel | None, 
     Raises:
         Refused: ``SITE_UNAVAILABLE`` where policy says that a site with a bad record sits out.
     """
-    from medgen_models.schema import Schema
-
     schema = model.schema if model is not None else Schema.model_validate(plan.study_schema)
     keys = load_keys(config.folder)
     slots = plan.roster[config.site.name].slots
@@ -95,7 +95,7 @@ def _marginals(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: Noise
     """All marginals of the plan as one noised vector, one row per patient."""
     assert plan.table is not None
     records = read_records(config, plan, None, token)
-    schema = _schema(plan)
+    schema = Schema.model_validate(plan.study_schema)
     rows = encode_rows(schema, records.members, plan.table.bins)
     stage = _query(plan, "marginals")
     tables = noisy_marginals(rows.codes_BC, rows.domain, plan.table.marginals, stage.sigma, noise)
@@ -105,42 +105,25 @@ def _marginals(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: Noise
 def _recentre(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:
     """The noised sum of mean token vectors and of presence, per owned image slot, as one clipped vector a patient."""
     assert plan.recentre is not None
-    model = assemble(config.folder, plan, task)
+    model = model_of(config.folder, plan, task)
     records = read_records(config, plan, model, token)
-    owned = [slot for slot in plan.recentre.slots if slot in plan.roster[config.site.name].slots]
-    parts = {slot: mean_tokens(model, records.members, slot, plan.recentre.bound) for slot in owned}
-    stage = _query(plan, "recentre")
-    joined = np.concatenate([parts[slot] for slot in owned], axis=1) if owned else np.zeros((0, 0))
-    total = bounded_mean_sum(joined, plan.recentre.bound, stage.sigma, noise)
-    ends = np.cumsum([parts[slot].shape[1] for slot in owned])
-    pieces = np.split(total, ends[:-1])
-    return {f"mean/{slot}": piece for slot, piece in zip(owned, pieces, strict=True)}
-
-
-def mean_tokens(model: StudyModel, members: PatientBatch, slot: str, bound: float) -> NDArray[np.float64]:
-    """Per patient: a presence number of size ``bound``/4, then the mean token vector of all that patient's images."""
-    tokens = model.bank.encode(members)
-    layout = model.layout
-    present, total = 0.0, 0.0
-    for i in layout.members(slot):
-        here = (tokens.present_BVI[:, :, i] & tokens.visit_BV).double()
-        block = tokens.z_BVNW[:, :, layout.span(i), : layout.width_I[i]].double().flatten(2)
-        present = present + here.sum(dim=1)
-        total = total + (block * here[..., None]).sum(dim=1)
-    count = torch.as_tensor(present).clamp(min=1.0)[:, None]
-    flag = (torch.as_tensor(present) > 0).double()[:, None]
-    return np.asarray(torch.cat([flag * bound / 4, torch.as_tensor(total) / count], dim=1).numpy())
+    tokens = model.bank.encode(records.members)
+    owned = tuple(slot for slot in plan.recentre.slots if f"mean/{slot}" in owned_groups(config, plan, task))
+    vectors = model.bank.mean_vectors(tokens, owned).double().numpy()
+    total = bounded_mean_sum(vectors, plan.recentre.bound, _query(plan, "recentre").sigma, noise)
+    ends = np.cumsum([model.mean_length(slot) for slot in owned])
+    return {f"mean/{slot}": piece for slot, piece in zip(owned, np.split(total, ends[:-1]), strict=True)}
 
 
 def _train_core(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:
     """DP steps on the trained group of the core; the answer is the weighted change of each parameter group."""
-    model = assemble(config.folder, plan, task)
+    model = model_of(config.folder, plan, task)
     records = read_records(config, plan, model, token)
     tokens = model.bank.encode(records.members)
     groups = owned_groups(config, plan, task)
-    params = {name: value for name, value in model.trainable().items() if group_of(name) in groups}
+    params = {name: value for name, value in model.core_weights().items() if group_of(name) in groups}
     stage = _training(plan, "core")
-    flow = FlowConfig(**{**model.flow.__dict__, "draws": stage.draws})
+    flow = dataclasses.replace(model.public.flow_config, draws=stage.draws)
 
     def prepare(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         part: TokenBatch = tokens.select(rows)
@@ -148,24 +131,25 @@ def _train_core(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpT
         return {**part.as_dict(), **noise_draws}
 
     after = _train(config, plan, task, stage, params, make_unit_loss(model.core), len(tokens), prepare, noise)
-    return changes(params, after, {name: group_of(name) for name in params}, plan.weight(config.site.name), groups)
+    return changes(params, after, plan.weight(config.site.name), groups)
 
 
 def _train_codecs(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:
     """DP steps on the owned codecs together: one clip over a patient's images and row."""
-    model = assemble(config.folder, plan, task)
+    model = model_of(config.folder, plan, task)
     records = read_records(config, plan, model, token)
     groups = owned_groups(config, plan, task)
-    slots = [name.removeprefix("codec/") for name in groups]
-    params, unit_loss, units = model.codec_training(records.members, slots)
-    stage = _training(plan, "codec")
+    slots = tuple(name.removeprefix("codec/") for name in groups)
+    params = model.codec_weights(slots)
 
     def prepare(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return units(rows, generator)
+        return model.bank.vae_units(records.members.select(rows), slots, generator)
 
-    after = _train(config, plan, task, stage, params, unit_loss, len(records.members), prepare, noise)
-    names = {name: f"codec/{name.split('/', 1)[0]}" for name in params}
-    return changes(params, after, names, plan.weight(config.site.name), groups)
+    unit_loss = model.bank.make_vae_loss(slots)
+    after = _train(
+        config, plan, task, _training(plan, "codec"), params, unit_loss, len(records.members), prepare, noise
+    )
+    return changes(params, after, plan.weight(config.site.name), groups)
 
 
 def owned_groups(config: SiteConfig, plan: StudyPlan, task: RoundTask) -> tuple[str, ...]:
@@ -174,16 +158,12 @@ def owned_groups(config: SiteConfig, plan: StudyPlan, task: RoundTask) -> tuple[
 
 
 def changes(
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-    group: Mapping[str, str],
-    weight: float,
-    groups: tuple[str, ...],
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], weight: float, groups: tuple[str, ...]
 ) -> Vectors:
     """Weighted change per group: parameters in the order of their names, flattened one after another."""
     out: Vectors = {}
     for name in groups:
-        members = sorted(key for key in before if group[key] == name)
+        members = sorted(key for key in before if group_of(key) == name)
         pieces = [((after[key] - before[key]).double() * weight).flatten().numpy() for key in members]
         out[name] = np.concatenate(pieces) if pieces else np.zeros(0)
     return out
@@ -195,9 +175,9 @@ def _train(
     task: RoundTask,
     stage: TrainingStage,
     params: Mapping[str, Tensor],
-    unit_loss: object,
+    unit_loss: UnitLoss,
     patients: int,
-    prepare: object,
+    prepare: Prepare,
     noise: NoiseSource,
 ) -> Mapping[str, Tensor]:
     """One round through the privacy room; the optimizer's state, made of noised numbers, stays on site between rounds."""
@@ -207,9 +187,9 @@ def _train(
     state = _state_path(config, task, task.round - 1)
     outcome = train_round(
         params=params,
-        unit_loss=unit_loss,  # type: ignore[arg-type]
+        unit_loss=unit_loss,
         patients=patients,
-        prepare=prepare,  # type: ignore[arg-type]
+        prepare=prepare,
         stage=stage,
         n_decl=plan.roster[config.site.name].n_decl,
         learning_rate=learning_rate * anneal(task.round, stage.rounds),
@@ -233,12 +213,6 @@ def anneal(round: int, rounds: int) -> float:
 
 def _state_path(config: SiteConfig, task: RoundTask, round: int) -> Path:
     return config.folder / "state" / task.plan_hash / f"{task.stage}-{round:04d}.safetensors"
-
-
-def _schema(plan: StudyPlan):  # type: ignore[no-untyped-def]
-    from medgen_models.schema import Schema
-
-    return Schema.model_validate(plan.study_schema)
 
 
 def _query(plan: StudyPlan, name: str) -> QueryStage:

@@ -72,7 +72,9 @@ def with_weights(core: TokenCore, weights: dict[str, Tensor]) -> TokenCore:
     known = {name: value.detach() for name, value in core.named_parameters()}
     for name, value in weights.items():
         if name not in known or known[name].shape != value.shape:
-            raise ValueError(f"weight {name!r} of shape {tuple(value.shape)} does not fit this core; use weights of the same study")
+            raise ValueError(
+                f"weight {name!r} of shape {tuple(value.shape)} does not fit this core; use weights of the same study"
+            )
     out = TokenCore(core.layout, core.config, torch.Generator().manual_seed(0))
     out.load_state_dict(known | {name: value.detach().clone() for name, value in weights.items()})
     return out
@@ -85,7 +87,9 @@ def add_lora(core: TokenCore, rank: int, generator: torch.Generator) -> TokenCor
         ValueError: a rank below 1, or a core that has adapters already.
     """
     if rank < 1 or core.config.lora_rank:
-        raise ValueError(f"lora: expected rank >= 1 on a core without adapters, got rank {rank} on {core.config.lora_rank}")
+        raise ValueError(
+            f"lora: expected rank >= 1 on a core without adapters, got rank {rank} on {core.config.lora_rank}"
+        )
     out = TokenCore(core.layout, dataclasses.replace(core.config, lora_rank=rank), generator)
     own = {name: value.detach() for name, value in core.named_parameters()}
     out.load_state_dict({name: own.get(name, value.detach()) for name, value in out.named_parameters()})

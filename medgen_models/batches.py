@@ -49,5 +49,7 @@ def batch_from_bytes(body: bytes, schema: Schema) -> PatientBatch:
     except (SafetensorError, KeyError, ValueError, UnicodeDecodeError) as error:
         raise ValueError("the patient batch file is torn or of another schema; make it again") from error
     if digest != schema.digest():
-        raise ValueError(f"the patient batch was made for schema {digest[:12]}, this study has {schema.digest()[:12]}; make it again")
+        raise ValueError(
+            f"the patient batch was made for schema {digest[:12]}, this study has {schema.digest()[:12]}; make it again"
+        )
     return batch

@@ -179,7 +179,7 @@ class TokenCore(nn.Module):
             last = name.rsplit(".", 1)[-1]
             if "modulate." in name or ".leave." in name or last in ("bias", "lora_B"):
                 parameter.zero_()
-            elif last == "weight" and not name.startswith("factor.") or last == "lora_A":
+            elif (last == "weight" and not name.startswith("factor.")) or last == "lora_A":
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.1, generator=generator)

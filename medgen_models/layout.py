@@ -33,7 +33,9 @@ def token_shape(slot: Slot) -> tuple[int, int]:
         case "dct" if imagelike:
             block = DCT_BLOCK[len(slot.shape)]
             if any(edge % block for edge in slot.shape):
-                raise ValueError(f"slot {slot.name}: the dct codec needs edges divisible by {block}, got {slot.shape}; pad the public grid")
+                raise ValueError(
+                    f"slot {slot.name}: the dct codec needs edges divisible by {block}, got {slot.shape}; pad the public grid"
+                )
             return math.prod(edge // block for edge in slot.shape), DCT_WIDTH[len(slot.shape)]
         case "table" if slot.kind == "table":
             return len(slot.columns), 1 + max(column.width for column in slot.columns)
@@ -46,9 +48,13 @@ def token_shape(slot: Slot) -> tuple[int, int]:
         case "vae" if slot.kind in (*IMAGE_KINDS, "table"):
             pass
         case _:
-            raise ValueError(f"slot {slot.name}: codec {slot.codec!r} does not read a {slot.kind}; choose another codec")
+            raise ValueError(
+                f"slot {slot.name}: codec {slot.codec!r} does not read a {slot.kind}; choose another codec"
+            )
     if slot.tokens < 1 or slot.width < 1:
-        raise ValueError(f"slot {slot.name}: expected tokens >= 1 and width >= 1 for codec {slot.codec!r}, got {slot.tokens} and {slot.width}")
+        raise ValueError(
+            f"slot {slot.name}: expected tokens >= 1 and width >= 1 for codec {slot.codec!r}, got {slot.tokens} and {slot.width}"
+        )
     return slot.tokens, slot.width
 
 

@@ -7,7 +7,8 @@ tables may contradict each other, and a count may be nothing but noise. The way 
    (Hay et al. (2010)); how far they disagree tells how large the noise is. The average is projected onto the simplex.
 2. Every two-way table is split into the product of its one-way tables and an interaction. The interaction's singular
    values are shrunk by the optimal rule for white noise of that size (Gavish & Donoho (2017)), so that pure noise
-   becomes independence. Negative cells are cut and the margins restored (Deming & Stephan (1940)).
+   becomes independence (or what a public population shows). Negative cells are cut and the margins restored (Deming &
+   Stephan (1940)).
 3. The maximum spanning tree by mutual information over the measured pairs is the tree of the maximum likelihood.
 
 Shape legend: B patients · C coded columns · L levels of a column.
@@ -22,16 +23,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from medgen_models.schema import Schema
-from medgen_models.table_rows import (
-    RowCodes,
-    Variable,
-    decode_rows,
-    encode_rows,
-    public_positions,
-    recorded_instances,
-    variables,
+from medgen_models.table_queries import (
+    Query,
+    choose_pairs,
+    count_tables,
+    default_queries,
+    mutual_information,
+    spanning_tree,
 )
+from medgen_models.table_rows import RowCodes, Variable, decode_rows, encode_rows, public_positions, variables
 
 __all__ = [
     "Query",
@@ -39,6 +39,7 @@ __all__ = [
     "TreeModel",
     "Variable",
     "choose_pairs",
+    "count_tables",
     "decode_rows",
     "default_queries",
     "encode_rows",
@@ -48,7 +49,6 @@ __all__ = [
     "variables",
 ]
 
-Query = tuple[int, ...]
 F64 = NDArray[np.float64]
 
 
@@ -84,7 +84,7 @@ class TreeModel:
     def log_likelihood(self, codes_BC: NDArray[np.int64]) -> F64:
         """Log probability of each row in nats, (B,); NaN for a row with a code outside the domain."""
         codes_BC = np.asarray(codes_BC, dtype=np.int64)
-        known_B = ((codes_BC >= 0) & (codes_BC < np.asarray(self.domain))).all(axis=1)
+        known_B = np.all((codes_BC >= 0) & (codes_BC < np.asarray(self.domain)), axis=1)
         total_B = np.where(known_B, 0.0, np.nan)
         safe_BC = np.where(known_B[:, None], codes_BC, 0)
         with np.errstate(divide="ignore"):
@@ -146,126 +146,41 @@ class TreeModel:
         return model
 
 
-def default_queries(schema: Schema, domain: Sequence[int], pairs: Sequence[Query] | None = None) -> tuple[Query, ...]:
-    """All one-way tables, then two-way tables: ``pairs`` if given, else chosen by rule from the schema.
-
-    The rule, in this order, until there are twice as many pairs as columns: presence of instances of one slot, and of a
-    reference and what it precedes; the outcome and the column of a factor with every table column; presence with the
-    column of its factor; neighbours in the order of columns. It reads no patient.
-
-    Raises:
-        ValueError: the domain has another number of columns than the schema, or a pair is none.
-    """
-    table, recorded = schema.table_columns(), recorded_instances(schema)
-    columns = len(table) + len(recorded)
-    if len(domain) != columns:
-        raise ValueError(f"domain: expected {columns} columns, got {len(domain)}; use encode_rows of the same schema")
-    if pairs is None:
-        pairs = _pairs_by_rule(schema)[: 2 * columns]
-    for pair in pairs:
-        if len(pair) != 2 or not 0 <= pair[0] < pair[1] < columns:
-            raise ValueError(f"pair {pair}: expected two columns in ascending order below {columns}")
-    return (*((c,) for c in range(columns)), *(tuple(pair) for pair in dict.fromkeys(pairs)))
-
-
-def _pairs_by_rule(schema: Schema) -> list[Query]:
-    table, recorded = schema.table_columns(), recorded_instances(schema)
-    names, base = [column.name for column in table], len(table)
-    presence = {slot.key(instance): base + n for n, (_, slot, instance) in enumerate(recorded)}
-    found: list[tuple[int, int]] = []
-    for n, (_, slot, instance) in enumerate(recorded):
-        found += [(base + n, base + m) for m, (_, other, _) in enumerate(recorded) if m > n and other.name == slot.name]
-        if instance.of in presence:
-            found.append((base + n, presence[instance.of]))
-    carriers = {factor.column for factor in schema.factors() if factor.column}
-    for c in (c for c, column in enumerate(table) if column.outcome or column.name in carriers):
-        found += [(c, other) for other in range(base) if other != c]
-    for n, (_, slot, _) in enumerate(recorded):
-        found += [(names.index(f.column), base + n) for f in slot.factors if f.column]
-    found += [(c, c + 1) for c in range(base + len(recorded) - 1)]
-    return list(dict.fromkeys((min(pair), max(pair)) for pair in found))
-
-
-def choose_pairs(public_codes_BC: NDArray[np.int64], domain: Sequence[int], k: int) -> tuple[Query, ...]:
-    """``k`` pairs of columns that depend most on each other in a *public* population.
-
-    First the edges of the maximum spanning tree, so that every column is reached, then further pairs; both by mutual
-    information, from which the upward bias of small samples is taken (Miller (1955)). Ties go to the lower columns.
-
-    Args:
-        public_codes_BC: codes of public patients; choosing on private ones would cost privacy.
-        domain: number of levels of each column.
-        k: number of pairs; fewer come back where there are fewer.
-    """
-    columns = len(domain)
-    score: dict[Query, float] = {}
-    for a in range(columns):
-        for b in range(a + 1, columns):
-            counts_LL = _count_pair(public_codes_BC[:, [a, b]], (domain[a], domain[b]))
-            n = counts_LL.sum()
-            freedom = (np.count_nonzero(counts_LL.sum(1)) - 1) * (np.count_nonzero(counts_LL.sum(0)) - 1)
-            score[a, b] = max(0.0, mutual_information(counts_LL) - freedom / (2.0 * n)) if n > 0 else 0.0
-    ranked = sorted(score, key=lambda pair: (-score[pair], pair))
-    tree = _spanning_tree(ranked, columns)
-    rest = [pair for pair in ranked if pair not in set(tree)]
-    return tuple([*tree, *rest][: max(k, 0)])
-
-
-def _count_pair(codes_B2: NDArray[np.int64], shape: tuple[int, int]) -> F64:
-    inside_B = ((codes_B2 >= 0) & (codes_B2 < np.asarray(shape))).all(axis=1)
-    cells = codes_B2[inside_B, 0] * shape[1] + codes_B2[inside_B, 1]
-    return np.bincount(cells, minlength=shape[0] * shape[1]).astype(np.float64).reshape(shape)
-
-
-def mutual_information(table_LL: F64) -> float:
-    """Mutual information of a table of non-negative weights, in nats: sum p log(p / (p_row p_column)).
-
-    >>> round(mutual_information(np.array([[1.0, 0.0], [0.0, 1.0]])) / float(np.log(2)), 6)
-    1.0
-    """
-    p_LL = table_LL / table_LL.sum()
-    product_LL = p_LL.sum(1, keepdims=True) * p_LL.sum(0, keepdims=True)
-    some = p_LL > 0
-    return max(0.0, float((p_LL[some] * np.log(p_LL[some] / product_LL[some])).sum()))
-
-
-def _spanning_tree(ranked: Sequence[Query], columns: int) -> list[Query]:
-    """Edges of the spanning forest that takes pairs in the order given (Kruskal (1956))."""
-    group, edges = list(range(columns)), []
-    for a, b in ranked:
-        if group[a] != group[b]:
-            old, new = group[b], group[a]
-            group = [new if g == old else g for g in group]
-            edges.append((a, b))
-    return edges
-
-
-def fit(counts: Mapping[Query, F64], domain: Sequence[int], smoothing: float = 1.0) -> TreeModel:
+def fit(
+    counts: Mapping[Query, F64],
+    domain: Sequence[int],
+    smoothing: float = 1.0,
+    public: Mapping[Query, F64] | None = None,
+) -> TreeModel:
     """The tree model of noised counts; see the module for the three steps.
 
-    Exact counts give the maximum-likelihood tree, up to the smoothing. Counts of pure noise give columns that are nearly
-    independent. A column without a table is uniform.
+    Exact counts give the maximum-likelihood tree, up to the smoothing. Counts of pure noise give columns that are
+    independent and uniform, or what ``public`` says. A column without a table is treated as one of pure noise.
 
     Args:
         counts: one- and two-way tables by their columns, each table once, all with noise of the same size (or none).
         domain: number of levels of each column.
         smoothing: pseudo-patients added to every row of a conditional table in proportion to the column's own marginal,
             and to that marginal in equal parts; above 0, no row that the vocabulary allows is impossible.
+        public: exact one- and two-way tables of a public population, which may hold pairs that were not counted. Then
+            one-way tables are drawn towards its own, and an interaction towards the public one under the private
+            margins, instead of towards nothing: what noise hides looks like the public population.
 
     Raises:
         ValueError: a table of another shape or order, one that is not finite, a table given twice.
     """
     tables = _checked(counts, domain)
+    known = {query: table for query, table in _checked(public or {}, domain).items() if table.sum() > 0}
     patients = _total(tables)
-    shares, variance = _one_way_shares(tables, domain, patients)
+    shares, variance = _one_way_shares(tables, domain, patients, known)
     joints = {
-        (a, b): _joint(table, shares[a], shares[b], patients, variance)
-        for (a, b), table in ((q, t) for q, t in tables.items() if len(q) == 2)
+        (a, b): _joint(tables.get((a, b)), known.get((a, b)), shares[a], shares[b], patients, variance)
+        for a, b in sorted({(q[0], q[1]) for q in (*tables, *known) if len(q) == 2})
     }
     information = {pair: mutual_information(joint) for pair, joint in joints.items()}
     dependent = [pair for pair, value in information.items() if value > 1e-12]
-    edges = _spanning_tree(sorted(dependent, key=lambda pair: (-information[pair], pair)), len(domain))
-    parent = _parents(edges, len(domain))
+    ranked: list[Query] = [*sorted(dependent, key=lambda pair: (-information[pair], pair))]
+    parent = _parents(spanning_tree(ranked, len(domain)), len(domain))
     even = [np.full(levels, 1.0 / levels) for levels in domain]
     smooth = [_mixed(share * patients, patients, base, smoothing) for share, base in zip(shares, even, strict=True)]
     found: list[F64] = []
@@ -309,13 +224,18 @@ def _total(tables: Mapping[Query, F64]) -> float:
     return max(1.0, sum(float(table.sum()) / table.size for table in tables.values()) / weight) if weight else 1.0
 
 
-def _one_way_shares(tables: Mapping[Query, F64], domain: Sequence[int], patients: float) -> tuple[list[F64], float]:
+def _one_way_shares(
+    tables: Mapping[Query, F64], domain: Sequence[int], patients: float, public: Mapping[Query, F64]
+) -> tuple[list[F64], float]:
     """Shares of each column's levels, and the variance of the noise on one cell.
 
     A table of n cells per level measures a column with n times the noise of its one-way table, so it weighs 1/n. The
     weighted squares of the deviations from the average add up to variance x levels x (measurements - 1), on average.
+    What noise alone would add to the distance from the public (or equal) shares is then taken back (positive-part
+    James & Stein (1961)).
     """
-    shares, deviation, freedom = [], 0.0, 0
+    means: list[tuple[F64, float] | None] = []
+    deviation, freedom = 0.0, 0
     for c, levels in enumerate(domain):
         measured = [
             (table if len(query) == 1 else table.sum(axis=1 - query.index(c)), levels / table.size)
@@ -323,15 +243,26 @@ def _one_way_shares(tables: Mapping[Query, F64], domain: Sequence[int], patients
             if c in query
         ]
         if not measured:
-            shares.append(np.full(levels, 1.0 / levels))
+            means.append(None)
             continue
         weights = np.asarray([weight for _, weight in measured])
         values_ML = np.stack([value for value, _ in measured])
-        mean_L = weights @ values_ML / weights.sum()
+        mean_L = np.asarray(weights @ values_ML / weights.sum())
         deviation += float((weights @ (values_ML - mean_L) ** 2).sum())
         freedom += levels * (len(measured) - 1)
-        shares.append(project_to_simplex(mean_L / patients))
-    return shares, deviation / freedom if freedom else 0.0
+        means.append((mean_L, float(weights.sum())))
+    variance = deviation / freedom if freedom else 0.0
+    shares = []
+    for c, (levels, mean) in enumerate(zip(domain, means, strict=True)):
+        anchor_L = public[(c,)] / public[(c,)].sum() if (c,) in public else np.full(levels, 1.0 / levels)
+        if mean is None:
+            shares.append(project_to_simplex(anchor_L))
+            continue
+        away_L = (mean[0] - mean[0].mean()) / patients - (anchor_L - anchor_L.mean())
+        length, noise = float(away_L @ away_L), (levels - 1) * variance / (mean[1] * patients**2)
+        kept = max(0.0, 1.0 - noise / length) if length > 0.0 else 0.0
+        shares.append(project_to_simplex(anchor_L + kept * away_L))
+    return shares, variance
 
 
 def project_to_simplex(values_L: F64) -> F64:
@@ -366,12 +297,23 @@ def shrink_singular_values(noisy_NM: F64, std: float) -> F64:
     return np.asarray((left * (kept * scale)) @ right)
 
 
-def _joint(table_LL: F64, row_L: F64, column_L: F64, patients: float, variance: float) -> F64:
-    """A two-way table of shares with exactly the margins given, as near to the noised counts as noise is worth."""
+def _joint(
+    table_LL: F64 | None, public_LL: F64 | None, row_L: F64, column_L: F64, patients: float, variance: float
+) -> F64:
+    """A two-way table of shares with exactly the margins given, as near to the noised counts as noise is worth.
+
+    What noise hides is the product of the margins, or the public table under these margins.
+    """
     product_LL = np.outer(row_L, column_L)
-    excess_LL = table_LL - patients * product_LL
+    base_LL = product_LL
+    if public_LL is not None:
+        # one pseudo-patient spread as the product, so that the public table forbids nothing
+        base_LL = _fit_margins(public_LL + product_LL, row_L, column_L)
+    if table_LL is None:
+        return base_LL
+    excess_LL = table_LL - patients * base_LL
     excess_LL = excess_LL - excess_LL.mean(0, keepdims=True) - excess_LL.mean(1, keepdims=True) + excess_LL.mean()
-    joint_LL = product_LL + shrink_singular_values(excess_LL, float(np.sqrt(variance))) / patients
+    joint_LL = base_LL + shrink_singular_values(excess_LL, float(np.sqrt(variance))) / patients
     return _fit_margins(np.maximum(joint_LL, 1e-9 * product_LL), row_L, column_L)
 
 

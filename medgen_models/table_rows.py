@@ -12,6 +12,7 @@ Shape legend: B patients · C coded columns · P parts of a bin · V, I, F as in
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal
 
 import numpy as np
@@ -81,7 +82,7 @@ def variables(schema: Schema, bins: int) -> tuple[Variable, ...]:
     for column in schema.table_columns():
         if column.kind == "numeric":
             edges = [f"{unscale(e, column.low, column.high):g}" for e in np.linspace(-1.0, 1.0, bins + 1)]
-            labels = tuple(f"{a} to {b}" for a, b in zip(edges[:-1], edges[1:], strict=True))
+            labels = tuple(f"{a} to {b}" for a, b in itertools.pairwise(edges))
         else:
             labels = column.categories
         found.append(Variable(column.name, column.kind, (*labels, MISSING)))

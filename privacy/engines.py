@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 
@@ -54,7 +55,8 @@ def batch_size(units: Units) -> int:
 def vmap_gradients(unit_loss: UnitLoss, params: Params, units: Units) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients (B, *shape) and losses (B,) by ``torch.func.vmap`` of ``grad_and_value`` over the whole model."""
     step = torch.func.vmap(torch.func.grad_and_value(unit_loss), in_dims=(None, 0), randomness="error")
-    gradients, losses = step(dict(params), dict(units))
+    with torch.no_grad():  # the inner transform differentiates all the same; no outer graph through frozen layers
+        gradients, losses = step(dict(params), dict(units))
     return gradients, losses
 
 
@@ -95,7 +97,11 @@ def hooks_gradients(
             if losses.shape != (batch_size(units),):
                 raise ValueError(f"Expected batch_loss of shape ({batch_size(units)},), got {tuple(losses.shape)}")
             torch.autograd.backward(losses.sum())
-        found = {name: getattr(parameter, "grad_sample", None) for name, parameter in private.named_parameters() if name in params}
+        found = {
+            name: getattr(parameter, "grad_sample", None)
+            for name, parameter in private.named_parameters()
+            if name in params
+        }
     finally:
         sampled.remove_hooks()
     gradients = {name: value.detach() for name, value in found.items() if isinstance(value, Tensor)}
@@ -105,7 +111,12 @@ def hooks_gradients(
     return {name: gradients[name] for name in params}, losses.detach()
 
 
+def flat_rows(gradient: Tensor) -> Tensor:
+    """A per-unit gradient (B, *shape) as (B, numbers), also for scalar parameters and for no units."""
+    return gradient.reshape(gradient.shape[0], math.prod(gradient.shape[1:]))
+
+
 def unit_norms(gradients: Iterable[Tensor]) -> Tensor:
     """L2 norm (B,) of every unit's whole gradient, float64: float32 would overflow at 1e19 and round at 1e-7."""
-    squares = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) ** 2 for g in gradients]
+    squares = [torch.linalg.vector_norm(flat_rows(g), dim=1, dtype=torch.float64) ** 2 for g in gradients]
     return torch.stack(squares).sum(0).sqrt()

@@ -32,6 +32,7 @@ from privacy.engines import (
     UnitLoss,
     Units,
     batch_size,
+    flat_rows,
     hooks_gradients,
     loop_gradients,
     vmap_gradients,
@@ -44,6 +45,7 @@ Differentiate = Callable[[Params, Units], tuple[Gradients, Tensor]]
 TOLERANCE = 1e-4  # relative, of one parameter's gradient; floored by a thousandth of the whole
 FLOOR = 1e-3
 JITTER = 0.02
+MOST_OBJECTS = 10_000  # looked at in the search for modules
 PROBE_SEED = 20_240_229  # of the small public displacement of the weights
 
 
@@ -169,29 +171,27 @@ def _stored(value: Tensor, first: int, second: int) -> Tensor:
 
 
 def modules_behind(function: object) -> list[nn.Module]:
-    """Modules that a function holds: bound, partial, in its closure or defaults, one wrapper deep or more."""
+    """Modules that a function holds: bound object, partial, closure, defaults, containers and attributes of those."""
     found: list[nn.Module] = []
-    seen: set[int] = set()
+    seen: dict[int, object] = {}
     queue: list[Any] = [function]
-    while queue:
+    while queue and len(seen) < MOST_OBJECTS:
         item = queue.pop()
-        if id(item) in seen:
+        if id(item) in seen or isinstance(item, str | bytes | int | float | Tensor | type):
             continue
-        seen.add(id(item))
+        seen[id(item)] = item
         if isinstance(item, nn.Module):
             found.append(item)
-        elif isinstance(item, functools.partial):
+            continue
+        if isinstance(item, functools.partial):
             queue += [item.func, *item.args, *item.keywords.values()]
-        else:
-            queue += [
-                getattr(item, "__self__", None),
-                getattr(item, "__func__", None),
-                getattr(item, "__wrapped__", None),
-            ]
-            queue += [_content(cell) for cell in getattr(item, "__closure__", None) or ()]
-            queue += list(getattr(item, "__defaults__", None) or ())
-            if dataclasses.is_dataclass(item) and not isinstance(item, type):
-                queue += [getattr(item, field.name) for field in dataclasses.fields(item)]
+        if isinstance(item, Mapping):
+            queue += list(item.values())
+        elif isinstance(item, Sequence):
+            queue += list(item)
+        queue += [getattr(item, name, None) for name in ("__self__", "__func__", "__wrapped__")]
+        queue += [_content(cell) for cell in getattr(item, "__closure__", None) or ()]
+        queue += [*(getattr(item, "__defaults__", None) or ()), *getattr(item, "__dict__", {}).values()]
     return found
 
 
@@ -264,15 +264,15 @@ def _check_snapshot(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -
 
 def _compare(found: Gradients, wanted: Gradients, where: str, check: Check = "engine") -> float:
     """Largest relative error over parameters, each unit by itself; the error names the worst parameter."""
-    whole = torch.stack([value.flatten(1).double().norm(dim=1) ** 2 for value in wanted.values()]).sum(0).sqrt()
+    whole = torch.stack([flat_rows(value).double().norm(dim=1) ** 2 for value in wanted.values()]).sum(0).sqrt()
     worst, named = 0.0, ""
     for name, value in wanted.items():
         if found[name].shape != value.shape:
             raise GradientProbeError(
                 check, f"{where}: {name} has shape {tuple(found[name].shape)}, not {tuple(value.shape)}"
             )
-        gap = (found[name].double() - value.double()).flatten(1).norm(dim=1)
-        scale = torch.maximum(value.flatten(1).double().norm(dim=1), FLOOR * whole)
+        gap = flat_rows(found[name].double() - value.double()).norm(dim=1)
+        scale = torch.maximum(flat_rows(value).double().norm(dim=1), FLOOR * whole)
         error = float(torch.where(gap == 0, gap, gap / scale.clamp(min=1e-30)).max())
         if not error <= worst:
             worst, named = error, name

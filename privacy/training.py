@@ -32,6 +32,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
+from privacy.engines import flat_rows
 from privacy.gradients import ProvedHooks, Speed, UnitLoss, batch_size, per_patient_gradients, unit_norms
 from privacy.noise import NoiseSource, to_grid
 from privacy.stages import TrainingStage
@@ -90,7 +91,7 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
         norms = unit_norms(self.grad_samples)
         factors = self.max_grad_norm / torch.clamp(norms, min=self.max_grad_norm)
         for parameter in self.params:
-            flat = parameter.grad_sample.flatten(1).to(torch.float64)
+            flat = flat_rows(parameter.grad_sample).to(torch.float64)
             if parameter.summed_grad is None:
                 parameter.summed_grad = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
             parameter.summed_grad += (factors @ flat).view_as(parameter)

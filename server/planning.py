@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from medgen_models.schema import IMAGE_KINDS, Schema
+from privacy.audit.validity import BLIND_THRESHOLDS
 from privacy.boundary.plan import (
     Attack,
     Audit,
@@ -158,9 +159,11 @@ def _audit(config: StudyConfig) -> Audit:
             Attack(name="loss", thresholds=LOSS_THRESHOLDS),
             Attack(name="loss-ratio", thresholds=RATIO_THRESHOLDS),
             Attack(name="nearest-neighbour", thresholds=LOSS_THRESHOLDS),
-            Attack(name="blind-baseline", thresholds=LOSS_THRESHOLDS),
+            Attack(name="copies", thresholds=(0.5,)),
+            Attack(name="blind", thresholds=BLIND_THRESHOLDS),
         ),
         cap=config.audit.cap,
+        draws=config.audit.draws,
         pairs=config.audit.pairs,
     )
 

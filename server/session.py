@@ -100,7 +100,9 @@ def gather(session: Session) -> tuple[str, ...]:
     parts = {part.digest: session.read_public_part(part.name) for part in session.plan.public_model}
     ready = deliver(session, sites, parts)
     if not ready:
-        raise StudyError("no site takes part: none answered with an approval of this plan; see the event file for the codes")
+        raise StudyError(
+            "no site takes part: none answered with an approval of this plan; see the event file for the codes"
+        )
     return ready
 
 

@@ -1,7 +1,7 @@
 """The private stages of a study, one function each: statistics, codecs, recentring, the core.
 
 Each stage continues after its last finished round, so a resumed study repeats nothing. The state that travels is a flat
-dict of public names: ``mean/<slot>`` (codec centres moved), ``codec/<slot>/<parameter>``, ``core/<parameter>``.
+dict of public names: ``mean/<slot>`` (codec centres moved), ``codec.<slot>.<weight>``, and core weights under their own names.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medgen_models.assembly import StudyModel
+from medgen_models.adapters import group_of
+from medgen_models.assembly import StudyModel, to_arrays
 from server.aggregation import Ask, GroupSum, RoundSums, StudyError
 from server.planning import CODEC, CORE, MARGINALS, RECENTRE
 from server.session import Session
@@ -61,16 +62,13 @@ def codecs(session: Session, sites: Sequence[str], model: StudyModel, state: Sta
     """The state after the federated DP training of the autoencoders; they are frozen from here on."""
     if session.plan.codec is None:
         return state
-    params = model.codec_parameters(session.plan.codec.slots)
-    group = {name: f"codec/{name.split('/', 2)[1]}" for name in params}
-    return _train(session, sites, CODEC, session.config.codec, params, group, state)
+    start = to_arrays(model.codec_weights(session.plan.codec.slots))
+    return _train(session, sites, CODEC, session.config.codec, start, state)
 
 
 def core(session: Session, sites: Sequence[str], model: StudyModel, state: State) -> State:
     """The state after all DP rounds of the core."""
-    params = model.core_parameters()
-    group = {name: model.group(name) for name in params}
-    return _train(session, sites, CORE, session.config.core, params, group, state)
+    return _train(session, sites, CORE, session.config.core, to_arrays(model.core_weights()), state)
 
 
 def _train(
@@ -79,12 +77,11 @@ def _train(
     stage: str,
     config: TrainingConfig,
     start: Mapping[str, NDArray[np.float32]],
-    group: Mapping[str, str],
     state: State,
 ) -> State:
     """Federated averaging of one parameter set: each group over the sites that own it, with public weights."""
     allowed = session.plan.groups(stage)
-    names = {g: sorted(n for n in start if group[n] == g) for g in allowed}
+    names = {g: sorted(n for n in start if group_of(n) == g) for g in allowed}
     names = {g: members for g, members in names.items() if members}
     lengths = {g: sum(start[n].size for n in members) for g, members in names.items()}
     last = session.checkpoints.last(stage)
@@ -111,9 +108,7 @@ def _train(
     return {**current, **mean}
 
 
-def apply_change(
-    current: State, sums: Mapping[str, GroupSum], names: Mapping[str, Sequence[str]]
-) -> State:
+def apply_change(current: State, sums: Mapping[str, GroupSum], names: Mapping[str, Sequence[str]]) -> State:
     """Weights plus the weighted mean change of each opened group; a group that was not opened stays as it is."""
     out = dict(current)
     for group, total in sums.items():
@@ -188,5 +183,3 @@ def _report_round(session: Session, stage: str, number: int, rounds: int, sums: 
         epsilon=None if epsilon == float("inf") else round(epsilon, 4),
         note=f"{len(sums.answered)} sites · epsilon so far {epsilon:.2f}",
     )
-
-

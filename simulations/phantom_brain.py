@@ -342,5 +342,5 @@ def blur(image_BXYZ: F32, sigma_voxels: float) -> F32:
     kernel = (kernel / kernel.sum(axis=1).max()).astype(np.float32)
     out = image_BXYZ @ kernel
     out = kernel @ out
-    flat = out.reshape(len(out), VOXELS, -1)
+    flat = out.reshape(len(out), VOXELS, VOXELS * VOXELS)
     return np.asarray(np.matmul(kernel, flat).reshape(image_BXYZ.shape), dtype=np.float32)

@@ -71,7 +71,7 @@ def contact_sheet(schema: Schema, batch: PatientBatch, path: Path, patients: int
                 axes.set_ylim(0, 1)
                 axes.tick_params(labelsize=3, length=1)
                 if k == 0:
-                    axes.legend(fontsize=3, frameon=False)
+                    axes.legend(fontsize=3, frameon=False, loc="lower left", ncol=3, handlelength=1.0)
                 axes.set_title(title, fontsize=6, pad=1.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

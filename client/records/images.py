@@ -24,21 +24,17 @@ def axis_weights(n_in: int, n_out: int, step: float) -> Array:
         step: distance of two target samples in source samples.
 
     For ``step <= 1`` this is linear interpolation. For larger steps the triangle widens with the step, so that fine
-    detail is averaged instead of aliased. A row sums to less than one where the target reaches beyond the source; the
-    remainder belongs to the background.
+    detail is averaged instead of aliased. A row sums to one where the centre of the target sample lies inside the
+    source (half a sample beyond the outermost ones included), and to zero elsewhere: there it is background.
 
     >>> axis_weights(2, 2, 1.0).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    reach = max(1.0, step)
     place_out = (n_in - 1) / 2 + (np.arange(n_out) - (n_out - 1) / 2) * step
-    # A kernel that touches the source spans at most 2 * reach beyond it; further rows sum to zero: all background.
-    margin = 2 * int(np.ceil(reach)) + 1
-    lattice = np.arange(-margin, n_in + margin)
-    full = np.clip(1.0 - np.abs(place_out[:, None] - lattice[None, :]) / reach, 0.0, None)
-    total = full.sum(axis=1, keepdims=True)
-    inside = full[:, (lattice >= 0) & (lattice < n_in)]
-    return np.asarray(np.divide(inside, total, out=np.zeros_like(inside), where=total > 0), dtype=np.float32)
+    weights = np.clip(1.0 - np.abs(place_out[:, None] - np.arange(n_in)[None, :]) / max(1.0, step), 0.0, None)
+    weights[np.abs(place_out - (n_in - 1) / 2) > n_in / 2 + 1e-6] = 0.0
+    total = weights.sum(axis=1, keepdims=True)
+    return np.asarray(np.divide(weights, total, out=np.zeros_like(weights), where=total > 0), dtype=np.float32)
 
 
 def resample(
@@ -61,7 +57,7 @@ def resample(
         if out.shape[axis] == n_out and abs(step - 1.0) < 1e-4:
             continue
         weights = axis_weights(out.shape[axis], n_out, step)
-        # The fill is subtracted first, so that missing weight contributes exactly the background.
+        # The fill is subtracted first, so that rows without weight become exactly the background.
         moved = np.tensordot(weights, out - np.float32(fill), axes=(1, axis))
         out = np.moveaxis(moved, 0, axis) + np.float32(fill)
     return np.ascontiguousarray(out, dtype=np.float32)

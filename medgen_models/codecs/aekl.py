@@ -53,7 +53,9 @@ class AeklCodec:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             weights = load_file(folder / "weights.safetensors")
         except OSError as error:
-            raise ValueError(f"slot {slot.name}: {folder} needs config.json and weights.safetensors ({error})") from error
+            raise ValueError(
+                f"slot {slot.name}: {folder} needs config.json and weights.safetensors ({error})"
+            ) from error
         return AeklCodec._build(slot, config, weights)
 
     @staticmethod
@@ -72,7 +74,9 @@ class AeklCodec:
             grid = tuple(net.encode(torch.zeros(1, 1, *slot.shape))[0].shape[1:])
         latent = torch.Size(grid).numel()
         if latent != slot.tokens * slot.width:
-            raise ValueError(f"slot {slot.name}: the latent {grid} has {latent} numbers, tokens * width is {slot.tokens * slot.width}; change them")
+            raise ValueError(
+                f"slot {slot.name}: the latent {grid} has {latent} numbers, tokens * width is {slot.tokens * slot.width}; change them"
+            )
         return AeklCodec(slot.tokens, slot.width, net, config, grid, torch.ones(latent))
 
     @staticmethod

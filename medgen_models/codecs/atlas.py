@@ -42,7 +42,9 @@ class AtlasCodec:
             ValueError: fewer than two public images.
         """
         if len(public) < 2:
-            raise ValueError(f"slot {slot.name}: an atlas needs two public images or more, got {len(public)}; use codec = \"dct\"")
+            raise ValueError(
+                f'slot {slot.name}: an atlas needs two public images or more, got {len(public)}; use codec = "dct"'
+            )
         flat = public.flatten(1)
         mean_P = flat.mean(dim=0)
         centred = flat - mean_P

@@ -251,7 +251,10 @@ class CodecBank:
     def tensors(self) -> dict[str, Tensor]:
         """All public arrays, named ``codec.<slot>.<array>`` and ``centre.<instance>``."""
         out = {f"codec.{s}.{name}": t for s, codec in self.codecs.items() for name, t in codec.tensors().items()}
-        return {name: t.detach().contiguous() for name, t in (out | {f"centre.{k}": t for k, t in self.centres.items()}).items()}
+        return {
+            name: t.detach().contiguous()
+            for name, t in (out | {f"centre.{k}": t for k, t in self.centres.items()}).items()
+        }
 
     @staticmethod
     def from_tensors(schema: Schema, tensors: Mapping[str, Tensor]) -> CodecBank:
@@ -268,7 +271,9 @@ class CodecBank:
             try:
                 codecs[slot.name] = _restore(slot, own)
             except (KeyError, RuntimeError) as error:
-                raise ValueError(f"slot {slot.name}: its codec arrays are missing or of another schema ({error})") from error
+                raise ValueError(
+                    f"slot {slot.name}: its codec arrays are missing or of another schema ({error})"
+                ) from error
         centres = {key.removeprefix("centre."): value for key, value in tensors.items() if key.startswith("centre.")}
         return CodecBank(layout, codecs, centres)
 
@@ -290,7 +295,7 @@ def _fit(slot: Slot, records: Tensor, seed: int, vae_steps: int, weights: Path |
             return VaeCodec.fit(slot, records, vae_steps, seed)
         case "aekl":
             if weights is None:
-                raise ValueError(f"slot {slot.name}: codec \"aekl\" needs the folder of its weights")
+                raise ValueError(f'slot {slot.name}: codec "aekl" needs the folder of its weights')
             return AeklCodec.from_folder(slot, weights).scaled(records)
         case "table":
             return TableCodec.fit(slot, records)

@@ -94,7 +94,10 @@ class DctCodec:
         blocks = (z_BTW * self.scale_W) @ block_basis(axes)
         counts = [size // edge for size in self.shape]
         split = blocks.reshape(len(z_BTW), *counts, *([edge] * axes))
-        order = [0, *(axis for pair in zip(range(1, axes + 1), range(axes + 1, 2 * axes + 1), strict=True) for axis in pair)]
+        order = [
+            0,
+            *(axis for pair in zip(range(1, axes + 1), range(axes + 1, 2 * axes + 1), strict=True) for axis in pair),
+        ]
         return split.permute(order).reshape(len(z_BTW), *self.shape)
 
     def tensors(self) -> dict[str, Tensor]:

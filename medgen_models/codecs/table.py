@@ -59,7 +59,9 @@ class TableCodec:
                 out[:, c, 1] = score_BC[:, c]
             else:
                 level_B = torch.nan_to_num(x_BC[:, c]).long().clamp(0, column.width - 1)
-                code = (torch.nn.functional.one_hot(level_B, column.width).float() - self._mean(column)) / self._spread(column)
+                code = (torch.nn.functional.one_hot(level_B, column.width).float() - self._mean(column)) / self._spread(
+                    column
+                )
                 out[:, c, 1 : 1 + column.width] = code * recorded_BC[:, c, None]
         return out
 

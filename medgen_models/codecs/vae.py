@@ -50,7 +50,9 @@ class SlotVae(nn.Module):
         self.register_buffer("spread", torch.ones(()))
         if self.image:
             if any(edge % (2 * _FOLD) for edge in self.shape):
-                raise ValueError(f"slot {slot.name}: the vae codec needs edges divisible by {2 * _FOLD}, got {self.shape}; pad the public grid")
+                raise ValueError(
+                    f"slot {slot.name}: the vae codec needs edges divisible by {2 * _FOLD}, got {self.shape}; pad the public grid"
+                )
             places = math.prod(edge // (2 * _FOLD) for edge in self.shape)
             patch, fine, coarse = _FOLD**axes, _WIDE, _DEEP
             self.grid = tuple(edge // (2 * _FOLD) for edge in self.shape)
@@ -236,7 +238,9 @@ class VaeCodec:
         known = self.parameters()
         unknown = set(values) - set(known)
         if unknown:
-            raise ValueError(f"slot {slot.name}: unknown vae weights {sorted(unknown)[:3]}; expected names of this codec")
+            raise ValueError(
+                f"slot {slot.name}: unknown vae weights {sorted(unknown)[:3]}; expected names of this codec"
+            )
         return VaeCodec.from_tensors(slot, self.tensors() | {f"net.{name}": value for name, value in values.items()})
 
 

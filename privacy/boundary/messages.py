@@ -350,5 +350,5 @@ def _body(hint: object, body: bytes) -> bytes | Arrays:
 
 
 def _save(arrays: Arrays) -> bytes:
-    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    return safetensors.numpy.save(plain)
+    # np.asarray keeps a scalar's empty shape, which np.ascontiguousarray would turn into (1,): another digest.
+    return safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})

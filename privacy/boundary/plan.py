@@ -151,12 +151,14 @@ class Audit(_Public):
         cap: most queries outside the guarantee (*not covered*) that one site answers for this plan.
         pairs: pre-drawn pairs behind a concordance (utility) figure.
         trials: members, and as many held-out patients, that each site attacks; 0: its declared held-out size.
+        draws: fixed (time, noise) draws on which losses are averaged.
     """
 
     attacks: tuple[Attack, ...] = ()
     cap: int = Field(default=0, ge=0)
     pairs: int = Field(default=0, ge=0)
     trials: int = Field(default=0, ge=0)
+    draws: int = Field(default=8, ge=1)
 
 
 class Release(_Public):

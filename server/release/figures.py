@@ -29,7 +29,7 @@ INK, COHORT, PUBLIC, LINE, WARN = "#1d2733", "#1b4b72", "#e0b37a", "#9aa5b1", "#
 TILE_PX = 120
 Array = npt.NDArray[np.float32]
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # the stubs want one literal type per key
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.0,
@@ -75,12 +75,12 @@ def contact_sheet(images_BX: Array, source: Literal["synthetic", "public"], colu
     A volume is shown by its middle axial slice, patient's front up; a film as it is. One grey scale for all tiles.
 
     Args:
-        images_BX: (B, D, H, W) volumes in right-anterior-superior order, or (B, H, W) films.
+        images_BX: (B, right, anterior, superior) volumes, or (B, row, column) films.
         source: ``synthetic`` for the cohort, ``public`` for the public reference; there is no other.
         columns: tiles in a row.
     """
     if images_BX.ndim not in (3, 4) or len(images_BX) == 0:
-        raise ValueError(f"expected films (B, H, W) or volumes (B, D, H, W), B > 0, got shape {images_BX.shape}")
+        raise ValueError(f"expected at least one film (B, H, W) or volume (B, D, H, W), got shape {images_BX.shape}")
     tiles = (
         images_BX if images_BX.ndim == 3 else images_BX[:, :, :, images_BX.shape[3] // 2].transpose(0, 2, 1)[:, ::-1]
     )

@@ -12,13 +12,14 @@ import pandas as pd
 import pydicom
 import pytest
 import torch
+from PIL import Image
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
 from client.records.config import DataConfig
 from client.records.load import Records, load
 from medgen_models.schema import Column, Factor, Instance, Schema, Slot
-from PIL import Image
 from privacy.ledger import AccessToken, Ledger
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 SPLIT_KEY = b"s" * 32
 SHAPE, MM = (8, 8, 8), (4.0, 4.0, 4.0)
@@ -74,7 +75,13 @@ def small_schema(max_visits: int = 1) -> Schema:
                 codec="table",
                 columns=(
                     Column(name="age", low=0, high=100, missing_codes=(-1.0,)),
-                    Column(name="sex", source="Gender", kind="categorical", categories=("F", "M"), aliases={"0": "F", "1": "M"}),
+                    Column(
+                        name="sex",
+                        source="Gender",
+                        kind="categorical",
+                        categories=("F", "M"),
+                        aliases={"0": "F", "1": "M"},
+                    ),
                     Column(name="pathology", kind="categorical", categories=("healthy", "glioma", "other")),
                 ),
             ),

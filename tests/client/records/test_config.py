@@ -5,9 +5,10 @@ import sys
 import tomllib
 
 import pytest
+from pydantic import ValidationError
+
 from client.records.config import BidsSource, DataConfig, FilmSource, NotesSource, SeriesSource, TableSource
 from medgen_models.schema import Schema
-from pydantic import ValidationError
 
 
 def test_an_empty_section_reads_every_slot_of_the_usual_layout(schema: Schema) -> None:

@@ -1,9 +1,10 @@
 """The split is fixed by key and pseudonym alone."""
 
 import pytest
-from client.records.split import split_rows
 from hypothesis import given
 from hypothesis import strategies as st
+
+from client.records.split import split_rows
 
 KEY = b"k" * 32
 

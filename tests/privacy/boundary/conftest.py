@@ -29,7 +29,7 @@ from privacy.boundary.signing import roster_entry, sign_capabilities
 from privacy.identity import IdentityKey, MaskingKey
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def wall_messages() -> tuple[Message, ...]:
     """One message of every kind."""
     d, e = "d" * 64, "e" * 64
@@ -84,7 +84,7 @@ def wall_roster() -> dict[str, RosterEntry]:
     return roster
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def wall_plan(wall_coordinator: IdentityKey, wall_roster: dict[str, RosterEntry]) -> Callable[..., StudyPlan]:
     """A small valid study plan: ``wall_plan(**fields)``."""
 

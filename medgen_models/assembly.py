@@ -1,0 +1,95 @@
+"""The model of a study at one moment: the public model, moved to where a round's weights say it is.
+
+Hospitals and the coordinator build it by this one function from the same bytes, so they cannot disagree about what a
+weight means. The state is a flat dict of named arrays: ``mean/<slot>`` (codec centres moved), ``codec.<slot>.<weight>``
+(autoencoders) and core weights under their own names; whatever is not in it stays at its public value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medgen_models.adapters import Trained, add_lora, trainable, with_weights
+from medgen_models.codecs.bank import CodecBank
+from medgen_models.core import TokenCore
+from medgen_models.layout import Layout
+from medgen_models.pretrain import PublicModel
+from medgen_models.schema import Schema
+
+MEAN = "mean/"
+CODEC = "codec."
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyModel:
+    """Codecs and core of a study in progress.
+
+    Attributes:
+        public: where it started.
+        bank: codecs, with the state's autoencoders and centres.
+        core: the core with the state's weights, and adapters where the study trains them.
+        which: the weights that the study trains.
+    """
+
+    public: PublicModel
+    bank: CodecBank
+    core: TokenCore
+    which: Trained
+
+    @property
+    def schema(self) -> Schema:
+        """The study schema."""
+        return self.public.schema
+
+    @property
+    def layout(self) -> Layout:
+        """Where every token lies."""
+        return self.bank.layout
+
+    def core_weights(self) -> dict[str, Tensor]:
+        """The weights of the core that the study trains."""
+        return trainable(self.core, self.which)
+
+    def codec_weights(self, slots: tuple[str, ...]) -> dict[str, Tensor]:
+        """The weights of the autoencoders of ``slots``."""
+        return self.bank.vae_parameters(slots)
+
+    def mean_length(self, slot: str) -> int:
+        """Numbers of a slot in the recentring query: a mean token vector and a presence number."""
+        i = self.layout.members(slot)[0]
+        return self.layout.tokens_I[i] * self.layout.width_I[i] + 1
+
+
+def assemble(public: PublicModel, state: Mapping[str, NDArray[Any]], which: Trained, lora_rank: int) -> StudyModel:
+    """The model that ``state`` describes.
+
+    The random first factors of adapters are drawn from a seed made of the schema, so all sides draw the same.
+
+    Raises:
+        ValueError: a name or shape that does not fit the public model.
+    """
+    tensors = {name: torch.from_numpy(np.array(value, dtype=np.float32)) for name, value in state.items()}
+    bank = public.bank
+    if autoencoders := {name: value for name, value in tensors.items() if name.startswith(CODEC)}:
+        bank = bank.with_vae(bank.vae_parameters(bank.vae_slots()) | autoencoders)
+    if shift := {name.removeprefix(MEAN): value for name, value in tensors.items() if name.startswith(MEAN)}:
+        bank = bank.recentre(shift)
+    core = public.core
+    if which == "lora":
+        seed = int.from_bytes(hashlib.sha256(public.schema.canonical()).digest()[:7], "big")
+        core = add_lora(core, lora_rank, torch.Generator().manual_seed(seed))
+    weights = {n: v for n, v in tensors.items() if not n.startswith((CODEC, MEAN))}
+    return StudyModel(public, bank, with_weights(core, weights) if weights else core, which)
+
+
+def to_arrays(weights: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    """Named weights as arrays for the wire."""
+    return {name: value.detach().to(torch.float32).numpy().copy() for name, value in weights.items()}

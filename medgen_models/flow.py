@@ -1,0 +1,347 @@
+"""Rectified flow with clean-token prediction: the loss, one value per patient, and the randomness that it reads as data.
+
+A token travels from data (time 0) to noise (time 1) on a straight line, x_t = (1 - t) x + t e (Liu et al. (2023), eq. 1).
+The core predicts x; its error is weighted by min(1/t^2, cap), which is the velocity error of the line, capped where t is
+small. Each instance has its own t and state. Everything random (state, t, e, dropped factors) is drawn by :func:`draw`
+and is part of the patient's unit, so a loss is a pure function of parameters and unit.
+
+Shape legend: B patients, K noise draws, V visits, I instances, N tokens, W token width, F factors, G = B * K * V.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from medgen_models.core import ABSENT, GIVEN, NOISED, REFERENCE, TokenCore
+from medgen_models.layout import Layout
+from medgen_models.tokens import TokenBatch
+
+CoreFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""core(x_GNW, state_GI, time_GI, factor_GIF, gap_GI) -> x̂_GNW."""
+UnitLoss = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
+ROW, JOINT, SUBSET, UPDATE, DROPPED = range(5)
+_MOST_MISSING = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How often each pattern of states is trained on; the release's own pattern, row given, is the commonest."""
+
+    row: float = 0.35
+    joint: float = 0.20
+    subset: float = 0.20
+    update: float = 0.15
+    dropped: float = 0.10
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are negative or do not add up to 1."""
+        values = dataclasses.astuple(self)
+        if min(values) < 0 or abs(sum(values) - 1.0) > 1e-6:
+            raise ValueError(f"flow.shares: expected shares >= 0 that sum to 1, got {values}; change them")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """The objective.
+
+    Attributes:
+        t_mean, t_std: t = sigmoid(N(t_mean, t_std^2)).
+        cap: largest weight of the clean-token error.
+        same_time: share of draws in which all noised instances have one common t, as in sampling.
+        shares: of the patterns of states.
+        factor_drop: chance that a factor is dropped where the pattern keeps it.
+        draws: K, noise draws of a patient inside one clip.
+    """
+
+    t_mean: float = 0.3
+    t_std: float = 1.0
+    cap: float = 6.0
+    same_time: float = 0.5
+    shares: Shares = Shares()
+    factor_drop: float = 0.1
+    draws: int = 1
+
+
+def draw(
+    layout: Layout, present_BVI: Tensor, visit_BV: Tensor, config: FlowConfig, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The randomness of one training step, patient-leading.
+
+    Returns:
+        ``t`` (B, K, V, I), ``noise`` (B, K, V, N, W), ``state`` (B, K, V, I) int64, ``keep`` (B, K, V, F) float32. How many
+        random numbers are drawn depends on shapes alone, so no patient's draw depends on another patient.
+    """
+    b, v, i = present_BVI.shape
+    k = config.draws
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(b, k, v, *shape, generator=generator)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(b, k, v, *shape, generator=generator)
+
+    own, common = normal(i), normal(1)
+    t = torch.sigmoid(config.t_mean + config.t_std * torch.where(uniform(1) < config.same_time, common, own))
+    present = (present_BVI & visit_BV[..., None])[:, None].expand(b, k, v, i)
+    pattern = torch.bucketize(uniform(1), torch.tensor(dataclasses.astuple(config.shares)).cumsum(0)[:-1], right=True)
+    state = _states(layout, present, pattern, uniform(1), uniform(i), uniform(i), uniform(i))
+    chance = _keep_chance(layout, state, pattern, config.factor_drop)
+    return {
+        "t": t * (state == NOISED),
+        "noise": normal(layout.tokens, layout.width),
+        "state": state,
+        "keep": (uniform(len(layout.factors)) < chance).float(),
+    }
+
+
+def _states(
+    layout: Layout, present: Tensor, pattern: Tensor, rate: Tensor, first: Tensor, second: Tensor, third: Tensor
+) -> Tensor:
+    """States (B, K, V, I) of the drawn pattern; uniforms decide within it.
+
+    A patient who lacks what a pattern needs falls back: update without both films becomes row, and a pattern that would
+    leave no target noises everything that is present.
+    """
+    is_row = torch.tensor(layout.of_kind("table"))
+    is_text = torch.tensor(layout.of_kind("text"))
+    is_series = torch.tensor(layout.of_kind("series"))
+    before = torch.tensor(layout.references())
+    is_reference = before >= 0
+    clean = torch.where(is_reference, REFERENCE, GIVEN)
+    absent, noised = torch.full_like(clean, ABSENT), torch.full_like(clean, NOISED)
+    after = torch.zeros(layout.instances, layout.instances)
+    for index, target in enumerate(layout.references()):
+        if target >= 0:
+            after[index, target] = 1.0
+    updated = ((present & is_reference).float() @ after > 0) & present
+
+    joint = torch.where(is_text, absent, noised).expand(present.shape)
+    row = torch.where(is_row, clean, joint)
+    dropped = torch.where(is_row, absent, joint)
+    unknown = first < rate * _MOST_MISSING
+    given = torch.where(is_text & (second < 0.5), absent, clean.expand(present.shape))
+    lost = torch.where(second < 0.3, absent, noised.expand(present.shape))
+    subset = torch.where(unknown & ~is_text, lost, given)
+    pick = torch.where(present & ~is_text, third, torch.full_like(third, -1.0))
+    subset = torch.where((pick == pick.amax(-1, keepdim=True)) & present & ~is_text, noised, subset)
+    source = present.float() @ after.T > 0
+    update = torch.where(second < 0.5, absent, clean.expand(present.shape))
+    update = torch.where(is_row | is_text | is_series | (is_reference & source), clean, update)
+    update = torch.where(updated, noised, update)
+    update = torch.where(updated.any(-1, keepdim=True), update, row)
+
+    out = row
+    for kind, states in ((JOINT, joint), (SUBSET, subset), (UPDATE, update), (DROPPED, dropped)):
+        out = torch.where(pattern == kind, states, out)
+    out = torch.where(present, out, absent)
+    idle = ~(out == NOISED).any(-1, keepdim=True)
+    return torch.where(idle & present & ~is_text, noised, out)
+
+
+def _keep_chance(layout: Layout, state: Tensor, pattern: Tensor, drop: float) -> Tensor:
+    """Chance that each factor is kept (B, K, V, F).
+
+    A factor that a table column carries would tell the row's content where the row is to be generated: it is kept with the
+    row, in half of the subsets without it, rarely in joint, never where all conditions are dropped.
+    """
+    is_row = torch.tensor(layout.of_kind("table"))
+    has_row = ((state == GIVEN) & is_row).any(-1, keepdim=True)
+    of_row = torch.tensor(layout.row_factors(), dtype=torch.bool)
+    without = torch.where(pattern == SUBSET, 0.5, torch.where(pattern == JOINT, 0.2, 0.0))
+    chance = torch.where(of_row & ~has_row, without, torch.ones(()))
+    return chance * (1.0 - drop)
+
+
+def make_units(tokens: TokenBatch, layout: Layout, config: FlowConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Patient-leading units: encoded patients with one step's randomness."""
+    return tokens.as_dict() | draw(layout, tokens.present_BVI, tokens.visit_BV, config, generator)
+
+
+def patient_losses(core: CoreFn, units: dict[str, Tensor], onehot_NI: Tensor, cap: float = 6.0) -> Tensor:
+    """Loss of each patient (B,): mean over an instance's numbers, then its target instances, then visits and draws.
+
+    A patient without any target has loss exactly 0 and gradient exactly 0.
+    """
+    t, state, noise = units["t"], units["state"], units["noise"]
+    b, k, v, i = t.shape
+    z = units["z"][:, None].expand(noise.shape)
+    factor = units["factor"][:, None] * units["keep"][..., None, :].long()
+    gap = units["gap"][:, None].expand(t.shape)
+    t_N1 = (t @ onehot_NI.mT)[..., None]
+    x_t = (1.0 - t_N1) * z + t_N1 * noise
+
+    def fold(value: Tensor) -> Tensor:
+        return value.reshape(b * k * v, *value.shape[3:])
+
+    clean = core(fold(x_t), fold(state), fold(t), fold(factor), fold(gap)).reshape(z.shape)
+    weight = units["weight"][:, None].expand(z.shape)
+    error_BKVN = ((clean - z).square() * weight).sum(-1)
+    size_BKVI = weight.sum(-1) @ onehot_NI
+    loss_BKVI = (error_BKVN @ onehot_NI) / size_BKVI.clamp_min(1e-6)
+    target_BKVI = ((state == NOISED) & (size_BKVI > 0)).to(z.dtype)
+    # 1/t^2 of a target's own t; t is 0 elsewhere, where 1 keeps the quotient finite.
+    scale_BKVI = (1.0 / torch.where(state == NOISED, t, torch.ones_like(t)).square()).clamp_max(cap)
+    per_visit = (loss_BKVI * scale_BKVI * target_BKVI).sum(-1) / target_BKVI.sum(-1).clamp_min(1.0)
+    counted = (target_BKVI.sum(-1) > 0).to(z.dtype)
+    return (per_visit * counted).sum((1, 2)) / counted.sum((1, 2)).clamp_min(1.0)
+
+
+def patient_loss(core: CoreFn, unit: dict[str, Tensor], onehot_NI: Tensor, cap: float = 6.0) -> Tensor:
+    """Loss of one patient, a scalar; ``unit`` is one row of :func:`make_units`."""
+    return patient_losses(core, {name: value[None] for name, value in unit.items()}, onehot_NI, cap)[0]
+
+
+def make_unit_loss(core: TokenCore, config: FlowConfig) -> UnitLoss:
+    """``loss(params, unit)`` for a gradient engine; parameters not in ``params`` stay at the module's values."""
+
+    def unit_loss(params: dict[str, Tensor], unit: dict[str, Tensor]) -> Tensor:
+        def call(*args: Tensor) -> Tensor:
+            out: Tensor = torch.func.functional_call(core, params, args)
+            return out
+
+        return patient_loss(call, unit, core.onehot_NI, config.cap)
+
+    return unit_loss
+
+
+def fixed_losses(
+    core: TokenCore, tokens: TokenBatch, config: FlowConfig, draws: int, seed: int, chunk: int = 64
+) -> Tensor:
+    """Loss of each patient (B,) averaged over ``draws`` fixed (state, time, noise) draws that all patients share.
+
+    For attacks and validation: the randomness is drawn for one full patient from ``seed`` and restricted to what each
+    patient has, so two patients are compared on the same noise.
+    """
+    layout = core.layout
+    generator = torch.Generator().manual_seed(seed)
+    one = dataclasses.replace(config, draws=draws)
+    v, i = layout.schema.max_visits, layout.instances
+    drawn = draw(layout, torch.ones(1, v, i, dtype=torch.bool), torch.ones(1, v, dtype=torch.bool), one, generator)
+    losses = []
+    for start in range(0, len(tokens), chunk):
+        part = tokens.select(list(range(start, min(start + chunk, len(tokens)))))
+        units = part.as_dict() | {name: value.expand(len(part), *value.shape[1:]) for name, value in drawn.items()}
+        here = part.present_BVI[:, None]
+        units["state"] = torch.where(here, units["state"], ABSENT)
+        units["t"] = units["t"] * here
+        with torch.no_grad():
+            losses.append(patient_losses(core, units, core.onehot_NI, config.cap))
+    return torch.cat(losses) if losses else torch.zeros(0)
+
+
+@torch.no_grad()
+def sample(
+    core: CoreFn,
+    layout: Layout,
+    given: TokenBatch,
+    state_BVI: Tensor,
+    *,
+    generator: torch.Generator,
+    steps: int = 16,
+    guidance: float = 1.0,
+    factor_guidance: Mapping[str, float] | None = None,
+    rescale: float = 0.0,
+    floor: float = 0.05,
+    method: Literal["euler", "heun"] = "euler",
+    noise_BVNW: Tensor | None = None,
+) -> Tensor:
+    """Draw the noised instances given the clean ones: integrate dx/dt = (x - x̂) / max(t, floor) from t = 1 to 0.
+
+    One core pass a step serves all slots and all guidance branches. One step is the one-step estimate E[x | given],
+    evaluated at pure noise.
+
+    Args:
+        core: the denoiser.
+        layout: of the study.
+        given: clean tokens where given, factors and gaps everywhere; its tokens of noised instances are not read.
+        state_BVI: what is given, noised and absent.
+        generator: draws the initial noise.
+        steps: uniform time steps.
+        guidance: scale on the row: 1 is none, 2 doubles what row and row-derived factors change (Ho and Salimans (2022), eq. 6).
+        factor_guidance: the same per factor, by name; scales compose additively (Liu et al. (2022), eq. 11).
+        rescale: share of the guided estimate that is brought back to the deviation of the unguided one
+            (Lin et al. (2024), eq. 15-16).
+        floor: smallest divisor of the velocity.
+        method: ``heun`` spends two passes a step on a second-order step.
+        noise_BVNW: initial noise, for paired comparisons; drawn if not given.
+
+    Returns:
+        (B, V, N, W): ``given`` with its noised instances replaced, 0 on absent instances and padding.
+
+    Raises:
+        ValueError: fewer than one step, or an unknown factor.
+    """
+    if steps < 1:
+        raise ValueError(f"sample: expected steps >= 1, got {steps}; 16 to 20 are usual")
+    b, v, n, w = given.z_BVNW.shape
+    onehot_NI, valid_NW = layout.onehot_NI(), layout.valid_NW()
+    state = state_BVI.flatten(0, 1)
+    target_GNW = ((state == NOISED).float() @ onehot_NI.T)[..., None] * valid_NW
+    clean_GNW = (
+        given.z_BVNW.flatten(0, 1) * (1.0 - ((state == NOISED) | (state == ABSENT)).float() @ onehot_NI.T)[..., None]
+    )
+    gap = given.gap_BVI.flatten(0, 1)
+    branches = _branches(layout, state, given.factor_BVIF.flatten(0, 1), guidance, factor_guidance or {})
+    states = torch.cat([branch[0] for branch in branches])
+    factors = torch.cat([branch[1] for branch in branches])
+    scales = [branch[2] for branch in branches]
+
+    def estimate(x_GNW: Tensor, t: float) -> Tensor:
+        out = core(
+            x_GNW.repeat(len(branches), 1, 1),
+            states,
+            (states == NOISED).float() * t,
+            factors,
+            gap.repeat(len(branches), 1),
+        ).chunk(len(branches))
+        guided = out[0]
+        for other, scale in zip(out[1:], scales[1:], strict=True):
+            guided = guided + (scale - 1.0) * (out[0] - other)
+        return _rescaled(guided, out[0], target_GNW, onehot_NI, rescale) if rescale and len(out) > 1 else guided
+
+    def velocity(x_GNW: Tensor, t: float) -> Tensor:
+        return (x_GNW - estimate(x_GNW, t)) / max(t, floor) * target_GNW
+
+    noise = torch.randn(b, v, n, w, generator=generator) if noise_BVNW is None else noise_BVNW
+    x = clean_GNW + noise.flatten(0, 1) * target_GNW
+    for step in range(steps):
+        t, after = 1.0 - step / steps, 1.0 - (step + 1) / steps
+        slope = velocity(x, t)
+        if method == "heun" and after > 0:
+            slope = 0.5 * (slope + velocity(x + (after - t) * slope, after))
+        x = x + (after - t) * slope
+    return x.reshape(b, v, n, w)
+
+
+def _branches(
+    layout: Layout, state: Tensor, factor: Tensor, guidance: float, factor_guidance: Mapping[str, float]
+) -> list[tuple[Tensor, Tensor, float]]:
+    """(states, factors, scale) of the full condition first, then of each condition left out."""
+    names = [f.name for f in layout.factors]
+    branches = [(state, factor, 1.0)]
+    if guidance != 1.0:
+        is_row = torch.tensor(layout.of_kind("table"))
+        of_row = torch.tensor(layout.row_factors(), dtype=torch.bool)
+        branches.append((torch.where(is_row & (state == GIVEN), ABSENT, state), factor * ~of_row, guidance))
+    for name, scale in factor_guidance.items():
+        if name not in names:
+            raise ValueError(f"guidance: unknown factor {name!r}; this study has {', '.join(names) or 'none'}")
+        if scale != 1.0:
+            others = torch.tensor([other != name for other in names])
+            branches.append((state, factor * others, scale))
+    return branches
+
+
+def _rescaled(guided: Tensor, plain: Tensor, target_GNW: Tensor, onehot_NI: Tensor, share: float) -> Tensor:
+    """``share`` of ``guided`` scaled so that each instance's mean square equals that of ``plain``."""
+
+    def power(x: Tensor) -> Tensor:
+        return (x.square() * target_GNW).sum(-1) @ onehot_NI
+
+    ratio_GI = ((power(plain) + 1e-8) / (power(guided) + 1e-8)).sqrt()
+    return guided * (share * (ratio_GI @ onehot_NI.T)[..., None] + (1.0 - share))

@@ -1,0 +1,189 @@
+"""The report: evidence and verdict as one JSON file, the source of truth, and the figures and numbers derived from it.
+
+``report.json`` holds the evidence as it was given, the verdict with every rule, and the statistics of every attack.
+:mod:`server.release.render` turns that file, and nothing else, into HTML; the same evidence gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from privacy.audit.bounds import (
+    Interval,
+    ThresholdCounts,
+    auc,
+    best_epsilon_lower_bound,
+    best_gaussian_lower_bound,
+    power_ceiling,
+    roc_band,
+    tpr_at_fpr,
+    wilson,
+)
+from privacy.audit.gates import GatePolicy
+from privacy.audit.tradeoff import auc_cap_gdp, tpr_cap, tpr_cap_gdp
+from privacy.audit.validity import blind_auc
+from server.release.evidence import SCHEMA_VERSION, AttackCounts, Evidence, Promise
+from server.release.gate import Verdict, decide
+
+FPR_POINTS = (0.01, 0.05, 0.10)
+AUDIT_DELTA = 1e-5  # at which bounds are stated where nothing was promised
+
+
+def build_report(evidence: Evidence, policy: GatePolicy) -> dict[str, Any]:
+    """Everything that the report says, as JSON values; infinite numbers are the word ``Infinity``."""
+    verdict = decide(evidence, policy)
+    attacks = [_attack(attack, evidence.promise, policy) for attack in evidence.attacks if attack.kind != "copies"]
+    return _plain(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": dataclasses.asdict(verdict),
+            "policy": policy.model_dump(mode="json"),
+            "evidence": json.loads(evidence.model_dump_json()),
+            "derived": {
+                "attacks": attacks,
+                "caps": _caps(evidence.promise),
+                "blind": _interval(_blind(evidence)),
+                "planted": _planted(evidence, policy),
+                "coherence": evidence.coherence,
+                "utility": [
+                    {**json.loads(row.model_dump_json()), "auc": _interval(wilson(row.concordant, row.pairs))}
+                    for row in evidence.utility
+                ],
+            },
+        }
+    )
+
+
+def report_bytes(report: Mapping[str, Any]) -> bytes:
+    """Canonical bytes of a report."""
+    return (json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def write_report(evidence: Evidence, policy: GatePolicy, images: Mapping[str, bytes], folder: Path) -> Verdict:
+    """Write ``report.json``, ``report.html`` and ``figures/``; the files appear whole.
+
+    Args:
+        evidence: what is known.
+        policy: the gate policy.
+        images: contact sheets by the file names of ``evidence.sheets``.
+        folder: the bundle folder; made if missing.
+
+    Raises:
+        ValueError: a contact sheet is missing, was not announced, or has another digest.
+    """
+    from server.release.render import render_html  # the template engine is needed here only
+
+    check_images(evidence, images)
+    report = build_report(evidence, policy)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, body in sorted(images.items()):
+        _write(folder / name, body)
+    _write(folder / "report.json", report_bytes(report))
+    _write(folder / "report.html", render_html(report, images).encode())
+    return decide(evidence, policy)
+
+
+def check_images(evidence: Evidence, images: Mapping[str, bytes]) -> None:
+    """Only announced figures enter a report, byte for byte.
+
+    Raises:
+        ValueError: naming the figure.
+    """
+    announced = {sheet.synthetic: sheet.synthetic_sha256 for sheet in evidence.sheets}
+    announced |= {sheet.public: sheet.public_sha256 for sheet in evidence.sheets}
+    if unknown := sorted(set(images) - set(announced)):
+        raise ValueError(f"{unknown[0]}: not announced in the evidence; no other picture may enter a report")
+    for name, digest in announced.items():
+        if name not in images:
+            raise ValueError(f"{name}: announced in the evidence but not given; draw it again")
+        if hashlib.sha256(images[name]).hexdigest() != digest:
+            raise ValueError(f"{name}: not the picture that the evidence announces; draw it again")
+
+
+def _attack(attack: AttackCounts, promise: Promise | None, policy: GatePolicy) -> dict[str, Any]:
+    """Statistics of one attack; ``valid`` is False, and there are no numbers, where its counts are no result."""
+    counts = attack.counts
+    if counts is None:
+        return {"name": attack.name, "valid": False}
+    delta = promise.delta if promise else AUDIT_DELTA
+    gaussian = best_gaussian_lower_bound(counts, delta, policy.confidence)
+    ceiling = power_ceiling(
+        counts.trials_member, counts.trials_held_out, delta, policy.confidence, len(counts.thresholds)
+    )
+    return {
+        "name": attack.name,
+        "valid": True,
+        "auc": _interval(auc(counts, policy.confidence)),
+        "tpr": [{"fpr": fpr, **(_interval(tpr_at_fpr(counts, fpr, policy.confidence)) or {})} for fpr in FPR_POINTS],
+        "epsilon_lower_bound": best_epsilon_lower_bound(counts, delta, policy.confidence),
+        "power_ceiling": ceiling,
+        "gaussian": dataclasses.asdict(gaussian),
+        "roc": _roc(counts, policy),
+    }
+
+
+def _roc(counts: ThresholdCounts, policy: GatePolicy) -> dict[str, list[float]]:
+    names = ("fpr", "tpr", "low", "high")
+    return {
+        name: values.round(6).tolist() for name, values in zip(names, roc_band(counts, policy.confidence), strict=True)
+    }
+
+
+def _caps(promise: Promise | None) -> dict[str, Any] | None:
+    """The most that any attack can reach if the promise holds; None where nothing is promised."""
+    if promise is None or not promise.private:
+        return None
+    points = []
+    for fpr in FPR_POINTS:
+        cap = float(tpr_cap([fpr], promise.epsilon, promise.delta)[0])
+        if promise.mu is not None:
+            cap = min(cap, float(tpr_cap_gdp([fpr], promise.mu)[0]))
+        points.append({"fpr": fpr, "tpr": cap})
+    return {"tpr": points, "auc": None if promise.mu is None else auc_cap_gdp(promise.mu)}
+
+
+def _blind(evidence: Evidence) -> Interval | None:
+    counts = evidence.validity.blind.counts if evidence.validity.blind else None
+    return blind_auc(counts) if counts else None
+
+
+def _planted(evidence: Evidence, policy: GatePolicy) -> dict[str, Any] | None:
+    counts = evidence.validity.planted.counts if evidence.validity.planted else None
+    if counts is None:
+        return None
+    found = _interval(tpr_at_fpr(counts, policy.planted_fpr, policy.confidence)) or {}
+    return {"fpr": policy.planted_fpr, "copies": counts.trials_member, **found}
+
+
+def _interval(interval: Interval | None) -> dict[str, float] | None:
+    return None if interval is None else dataclasses.asdict(interval)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values with at most nine significant digits, and words for numbers that JSON does not have."""
+    match value:
+        case bool() | int() | str() | None:
+            return value
+        case float():
+            if math.isnan(value):
+                return "NaN"
+            if math.isinf(value):
+                return "Infinity" if value > 0 else "-Infinity"
+            return float(f"{value:.9g}")
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case _:
+            return [_plain(item) for item in value]
+
+
+def _write(path: Path, body: bytes) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(body)
+    os.replace(partial, path)
