@@ -10,6 +10,7 @@ import hashlib
 import traceback
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 from client import enrolment, policy
 from client.outbox import Outbox
@@ -34,7 +35,7 @@ from privacy.boundary.messages import (
     parse_as,
     to_bytes,
 )
-from privacy.boundary.plan import StudyPlan
+from privacy.boundary.plan import StudyPlan, plan_hash
 from privacy.boundary.refusals import Refused
 from privacy.boundary.signing import verify_task, verify_unmask
 from privacy.chain import now_utc
@@ -54,7 +55,7 @@ class SiteAgent:
     def handle(self, request: bytes) -> bytes:
         """Answer one request; never raises for anything that a request or a record can cause."""
         try:
-            answer = self._answer(parse_as(request, REQUESTS))
+            answer = self._answer(cast(Request, parse_as(request, REQUESTS)))
         except Refused as refusal:
             self._note(f"refused {refusal}")
             return to_bytes(Refusal(refusal.code))
@@ -78,7 +79,7 @@ class SiteAgent:
                 status = policy.propose(self._folder, plan, signature)
                 if status == "rejected":
                     raise Refused("PLAN_REJECTED")
-                return Approval(policy.plan_hash(plan), status)
+                return Approval(plan_hash(plan), status)
             case RoundTask():
                 return self._round(request)
             case UnmaskRequest():
@@ -106,9 +107,9 @@ class SiteAgent:
         missing = PartStore(self._folder).missing(task.parts)
         if missing:
             raise Refused("PARTS_MISSING")
+        token: DpToken | None = None
         if task.stage == AUDIT:
-            token = ledger.uncovered(task.plan_hash, AUDIT, plan.audit.cap, digest)
-            values = evidence.audit(config, plan, task, token)
+            values = evidence.audit(config, plan, task, ledger.uncovered(task.plan_hash, AUDIT, plan.audit.cap, digest))
             step = 1.0
         else:
             token = ledger.intend(task.plan_hash, task.stage, task.round, digest)
@@ -124,7 +125,7 @@ class SiteAgent:
         seq, head = ledger.head
         answer = to_bytes(MaskedAnswer(digest, groups, seq, head))
         outbox.put(digest, answer)
-        if isinstance(token, DpToken):
+        if token is not None:
             ledger.commit(token, hashlib.sha256(answer).hexdigest())
         return answer
 

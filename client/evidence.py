@@ -80,7 +80,7 @@ def score_all(
     tokens = [model.bank.encode(batch) for batch in (member, held_out)]
     before = [public_bank.encode(batch) for batch in (member, held_out)]
     synthetic = model.bank.encode(cohort)
-    flow = model.public.flow_config
+    flow = model.public.flow
     final = [_log_loss(fixed_losses(model.core, t, flow, draws, SEED), t) for t in tokens]
     start = [_log_loss(fixed_losses(model.public.core, t, flow, draws, SEED), t) for t in before]
     distances = [_distance(t, synthetic) for t in tokens]

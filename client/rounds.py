@@ -123,14 +123,14 @@ def _train_core(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpT
     groups = owned_groups(config, plan, task)
     params = {name: value for name, value in model.core_weights().items() if group_of(name) in groups}
     stage = _training(plan, "core")
-    flow = dataclasses.replace(model.public.flow_config, draws=stage.draws)
+    flow = dataclasses.replace(model.public.flow, draws=stage.draws)
 
     def prepare(rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         part: TokenBatch = tokens.select(rows)
         noise_draws = draw(model.layout, part.present_BVI, part.visit_BV, flow, generator)
         return {**part.as_dict(), **noise_draws}
 
-    after = _train(config, plan, task, stage, params, make_unit_loss(model.core), len(tokens), prepare, noise)
+    after = _train(config, plan, task, stage, params, make_unit_loss(model.core, flow), len(tokens), prepare, noise)
     return changes(params, after, plan.weight(config.site.name), groups)
 
 

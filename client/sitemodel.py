@@ -6,7 +6,7 @@ from pathlib import Path
 
 from client.parts import PartStore
 from medgen_models.assembly import StudyModel, assemble
-from medgen_models.pretrain import PublicModel
+from medgen_models.pretrain import CARD_FILE, PublicModel
 from medgen_models.schema import Schema
 from privacy.boundary.messages import RoundTask
 from privacy.boundary.plan import StudyPlan
@@ -19,14 +19,13 @@ def public_model(folder: Path, plan: StudyPlan) -> PublicModel:
     Raises:
         Refused: ``PARTS_MISSING`` if a part is not here; ``BAD_PLAN`` if the parts are no model of the plan's schema.
     """
-    body = PartStore(folder).join(part.digest for part in plan.public_model)
+    store = PartStore(folder)
+    card = store.join(part.digest for part in plan.public_model if part.name == CARD_FILE)
+    weights = store.join(part.digest for part in plan.public_model if part.name != CARD_FILE)
     try:
-        model = PublicModel.from_bytes(body)
+        return PublicModel.from_bytes(weights, card, Schema.model_validate(plan.study_schema))
     except ValueError as error:
         raise Refused("BAD_PLAN", f"the public model: {error}") from error
-    if model.schema.digest() != Schema.model_validate(plan.study_schema).digest():
-        raise Refused("BAD_PLAN", "the public model was made for another schema")
-    return model
 
 
 def model_of(folder: Path, plan: StudyPlan, task: RoundTask) -> StudyModel:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from medgen_models.layout import Layout
 
@@ -57,10 +57,13 @@ class CoreConfig:
 class AdaptedLinear(nn.Module):
     """A Linear layer with an optional low-rank adapter (Hu et al. (2022), eq. 3); the adapter starts at zero."""
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float) -> None:
         super().__init__()
         self.rank, self.scale = rank, scale
-        self.base = skip_init(nn.Linear, inputs, outputs)
+        self.base = _linear(inputs, outputs)
         if rank:
             self.lora_A = nn.Parameter(torch.zeros(rank, inputs))
             self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
@@ -86,7 +89,7 @@ class _Layer(nn.Module):
         self.norm_forward = nn.LayerNorm(width, elementwise_affine=False)
         self.up = AdaptedLinear(width, config.ratio * width, rank, scale)
         self.down = AdaptedLinear(config.ratio * width, width, rank, scale)
-        self.modulate = skip_init(nn.Linear, width, 6 * width)
+        self.modulate = _linear(width, 6 * width)
 
     def forward(self, h_GME: Tensor, condition_GJE: Tensor, spread_MJ: Tensor, bias_G11M: Tensor) -> Tensor:
         """One layer; J = instances and the register."""
@@ -95,28 +98,30 @@ class _Layer(nn.Module):
         a = self.norm_attention(h_GME) * (1.0 + scale_a) + shift_a
         h_GME = h_GME + gate_a * self.merge(self._attend(self.qkv(a), bias_G11M))
         f = self.norm_forward(h_GME) * (1.0 + scale_f) + shift_f
-        return h_GME + gate_f * self.down(nn.functional.gelu(self.up(f), approximate="tanh"))
+        out: Tensor = h_GME + gate_f * self.down(nn.functional.gelu(self.up(f), approximate="tanh"))
+        return out
 
     def _attend(self, qkv: Tensor, bias_G11M: Tensor) -> Tensor:
         g, m, _ = qkv.shape
         q, k, v = qkv.reshape(g, m, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         scores_GHMM = (q * q.shape[-1] ** -0.5) @ k.mT + bias_G11M
-        return (scores_GHMM.softmax(dim=-1) @ v).transpose(1, 2).reshape(g, m, -1)
+        out: Tensor = (scores_GHMM.softmax(dim=-1) @ v).transpose(1, 2).reshape(g, m, -1)
+        return out
 
 
 class _Trunk(nn.Module):
     """What every site shares: conditioning, register token, layers, final norm."""
 
-    def __init__(self, config: CoreConfig, slots: int) -> None:
+    def __init__(self, config: CoreConfig) -> None:
         super().__init__()
         width = config.width
         self.register = nn.Parameter(torch.zeros(width))
         self.state = nn.Parameter(torch.zeros(STATES, width))
-        self.time = skip_init(nn.Linear, _TIME_FEATURES + _GAP_FEATURES, width)
-        self.mix = skip_init(nn.Linear, width, width)
+        self.time = _linear(_TIME_FEATURES + _GAP_FEATURES, width)
+        self.mix = _linear(width, width)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulate = skip_init(nn.Linear, width, 2 * width)
+        self.modulate = _linear(width, 2 * width)
 
 
 class _SlotDoor(nn.Module):
@@ -124,8 +129,8 @@ class _SlotDoor(nn.Module):
 
     def __init__(self, width: int, tokens: int, token_width: int, instances: int) -> None:
         super().__init__()
-        self.enter = skip_init(nn.Linear, token_width, width)
-        self.leave = skip_init(nn.Linear, width, token_width)
+        self.enter = _linear(token_width, width)
+        self.leave = _linear(width, token_width)
         self.position = nn.Parameter(torch.zeros(tokens, width))
         self.instance = nn.Parameter(torch.zeros(instances, width))
 
@@ -149,11 +154,16 @@ class TokenCore(nn.Module):
         generator: draws the initial weights.
     """
 
+    onehot_NI: Tensor
+    spread_MJ: Tensor
+    time_frequencies: Tensor
+    gap_frequencies: Tensor
+
     def __init__(self, layout: Layout, config: CoreConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.layout, self.config = layout, config
-        sizes = [(layout.members(name)) for name in layout.slots]
-        self.trunk = _Trunk(config, len(layout.slots))
+        sizes = [layout.members(name) for name in layout.slots]
+        self.trunk = _Trunk(config)
         self.slot = nn.ModuleDict(
             {
                 name: _SlotDoor(config.width, layout.tokens_I[own[0]], layout.width_I[own[0]], len(own))
@@ -200,12 +210,21 @@ class TokenCore(nn.Module):
         condition_GJE = self._condition(state_GI, time_GI, factor_GIF, gap_GI)
         present_GI = (state_GI != ABSENT).to(x_GNW.dtype)
         present_GN = present_GI @ self.onehot_NI.mT
-        h_GME = self._enter(x_GNW) * torch.nn.functional.pad(present_GN, (1, 0), value=1.0)[..., None]
-        bias_G11M = ((torch.nn.functional.pad(present_GN, (1, 0), value=1.0) - 1.0) * 1e4)[:, None, None, :]
+        h_GME = self._enter(x_GNW) * nn.functional.pad(present_GN, (1, 0), value=1.0)[..., None]
+        bias_G11M = ((nn.functional.pad(present_GN, (1, 0), value=1.0) - 1.0) * 1e4)[:, None, None, :]
         for layer in self.trunk.layers:
             h_GME = layer(h_GME, condition_GJE, self.spread_MJ, bias_G11M)
         shift, scale = (self.spread_MJ @ self.trunk.modulate(condition_GJE)).chunk(2, dim=-1)
         return self._leave((self.trunk.norm(h_GME) * (1.0 + scale) + shift)[:, 1:])
+
+    def _doors(self) -> list[tuple[_SlotDoor, slice, int, int]]:
+        """Per slot: its door, its tokens, its token width, its number of instances."""
+        out = []
+        for name in self.layout.slots:
+            door, members = self.slot[name], self.layout.members(name)
+            span = slice(self.layout.span(members[0]).start, self.layout.span(members[-1]).stop)
+            out.append((cast(_SlotDoor, door), span, self.layout.width_I[members[0]], len(members)))
+        return out
 
     def _condition(self, state_GI: Tensor, time_GI: Tensor, factor_GIF: Tensor, gap_GI: Tensor) -> Tensor:
         """One vector per instance, the register's first: (G, 1 + I, E)."""
@@ -213,31 +232,31 @@ class TokenCore(nn.Module):
         log_gap = torch.log1p(gap_GI.clamp_min(0.0))[..., None] * self.gap_frequencies
         features_GIC = torch.cat([angle.sin(), angle.cos(), log_gap.sin(), log_gap.cos() - 1.0], dim=-1)
         out = self.trunk.time(features_GIC) + _onehot(state_GI, STATES) @ self.trunk.state
-        out = out + torch.cat([self.slot[name].instance for name in self.layout.slots])
+        out = out + torch.cat([door.instance for door, *_ in self._doors()])
         for f, factor in enumerate(self.layout.factors):
-            out = out + _onehot(factor_GIF[..., f], len(factor.levels) + 1) @ self.factor[factor.name].weight
+            table = cast(_FactorTable, self.factor[factor.name])
+            out = out + _onehot(factor_GIF[..., f], len(factor.levels) + 1) @ table.weight
         out = nn.functional.silu(self.trunk.mix(nn.functional.silu(out)))
-        return torch.nn.functional.pad(out, (0, 0, 1, 0))
+        return nn.functional.pad(out, (0, 0, 1, 0))
 
     def _enter(self, x_GNW: Tensor) -> Tensor:
         """Tokens to model width, positions added, the register in front: (G, M, E)."""
         parts = [self.trunk.register.expand(x_GNW.shape[0], 1, -1)]
-        for name in self.layout.slots:
-            door, members = self.slot[name], self.layout.members(name)
-            span = slice(self.layout.span(members[0]).start, self.layout.span(members[-1]).stop)
-            h = door.enter(x_GNW[:, span, : self.layout.width_I[members[0]]])
-            position = torch.cat([door.position + door.instance[k] for k in range(len(members))])
-            parts.append(h + position)
+        for door, span, width, count in self._doors():
+            position = torch.cat([door.position + door.instance[k] for k in range(count)])
+            parts.append(door.enter(x_GNW[:, span, :width]) + position)
         return torch.cat(parts, dim=1)
 
     def _leave(self, h_GNE: Tensor) -> Tensor:
         parts = []
-        for name in self.layout.slots:
-            door, members = self.slot[name], self.layout.members(name)
-            span = slice(self.layout.span(members[0]).start, self.layout.span(members[-1]).stop)
-            out = door.leave(h_GNE[:, span])
-            parts.append(torch.nn.functional.pad(out, (0, self.layout.width - out.shape[-1])))
+        for door, span, width, _ in self._doors():
+            parts.append(nn.functional.pad(door.leave(h_GNE[:, span]), (0, self.layout.width - width)))
         return torch.cat(parts, dim=1)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """A Linear layer without initial values: PyTorch would draw them from the global generator."""
+    return cast(nn.Linear, nn.utils.skip_init(nn.Linear, inputs, outputs))  # type: ignore[no-untyped-call]
 
 
 def _onehot(index: Tensor, levels: int) -> Tensor:

@@ -62,7 +62,7 @@ class FlowConfig:
     t_std: float = 1.0
     cap: float = 6.0
     same_time: float = 0.5
-    shares: Shares = Shares()
+    shares: Shares = dataclasses.field(default_factory=Shares)
     factor_drop: float = 0.1
     draws: int = 1
 
@@ -168,7 +168,7 @@ def patient_losses(core: CoreFn, units: dict[str, Tensor], onehot_NI: Tensor, ca
     A patient without any target has loss exactly 0 and gradient exactly 0.
     """
     t, state, noise = units["t"], units["state"], units["noise"]
-    b, k, v, i = t.shape
+    b, k, v, _ = t.shape
     z = units["z"][:, None].expand(noise.shape)
     factor = units["factor"][:, None] * units["keep"][..., None, :].long()
     gap = units["gap"][:, None].expand(t.shape)

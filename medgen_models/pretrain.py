@@ -59,8 +59,8 @@ class PretrainConfig:
     grad_clip: float = 1.0
     weight_decay: float = 1e-2
     lora_rank: int = 4
-    core: CoreConfig = CoreConfig()
-    flow: FlowConfig = FlowConfig()
+    core: CoreConfig = dataclasses.field(default_factory=CoreConfig)
+    flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +281,7 @@ def train_core(
         decay = min(config.average, (1.0 + step) / (10.0 + step))
         torch._foreach_lerp_(mean, [p.detach() for p in params], 1.0 - decay)
         if on_step:
-            on_step(step + 1, float(loss))
+            on_step(step + 1, float(loss.detach()))
     with torch.no_grad():
         for parameter, value in zip(params, mean, strict=True):
             parameter.copy_(value)
@@ -302,7 +302,7 @@ def clip_norms(
     rows = torch.randperm(len(tokens), generator=generator)[:_MEASURED]
     units = make_units(tokens.select(rows), core.layout, config.flow, generator)
     adapted = add_lora(core, config.lora_rank, generator)
-    norms = {}
+    norms: dict[str, float] = {}
     groups: tuple[tuple[Trained, TokenCore], ...] = (("all", core), ("attention", core), ("lora", adapted))
     for which, module in groups:
         norms[which] = _median_norm(make_unit_loss(module, config.flow), trainable(module, which), units)

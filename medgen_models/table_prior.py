@@ -161,10 +161,10 @@ def fit(
         counts: one- and two-way tables by their columns, each table once, all with noise of the same size (or none).
         domain: number of levels of each column.
         smoothing: pseudo-patients added to every row of a conditional table in proportion to the column's own marginal,
-            and to that marginal in equal parts; above 0, no row that the vocabulary allows is impossible.
-        public: exact one- and two-way tables of a public population, which may hold pairs that were not counted. Then
-            one-way tables are drawn towards its own, and an interaction towards the public one under the private
-            margins, instead of towards nothing: what noise hides looks like the public population.
+            and to that marginal in equal (or public) parts; above 0, no row that the vocabulary allows is impossible.
+        public: exact tables of a public population, usually of the same queries (more pairs bring in its chance
+            dependences). Then one-way tables are drawn towards its own, and an interaction towards the public one under
+            the private margins, instead of towards nothing: what noise hides looks like the public population.
 
     Raises:
         ValueError: a table of another shape or order, one that is not finite, a table given twice.
@@ -172,7 +172,10 @@ def fit(
     tables = _checked(counts, domain)
     known = {query: table for query, table in _checked(public or {}, domain).items() if table.sum() > 0}
     patients = _total(tables)
-    shares, variance = _one_way_shares(tables, domain, patients, known)
+    # half a pseudo-patient a level (Krichevsky & Trofimov (1981)), so that no public table forbids anything
+    anchors = [known.get((c,), np.zeros(levels)) + 0.5 for c, levels in enumerate(domain)]
+    anchors = [anchor / anchor.sum() for anchor in anchors]
+    shares, variance = _one_way_shares(tables, patients, anchors)
     joints = {
         (a, b): _joint(tables.get((a, b)), known.get((a, b)), shares[a], shares[b], patients, variance)
         for a, b in sorted({(q[0], q[1]) for q in (*tables, *known) if len(q) == 2})
@@ -181,8 +184,7 @@ def fit(
     dependent = [pair for pair, value in information.items() if value > 1e-12]
     ranked: list[Query] = [*sorted(dependent, key=lambda pair: (-information[pair], pair))]
     parent = _parents(spanning_tree(ranked, len(domain)), len(domain))
-    even = [np.full(levels, 1.0 / levels) for levels in domain]
-    smooth = [_mixed(share * patients, patients, base, smoothing) for share, base in zip(shares, even, strict=True)]
+    smooth = [_mixed(share * patients, patients, base, smoothing) for share, base in zip(shares, anchors, strict=True)]
     found: list[F64] = []
     for c, up in enumerate(parent):
         if up < 0:
@@ -224,19 +226,16 @@ def _total(tables: Mapping[Query, F64]) -> float:
     return max(1.0, sum(float(table.sum()) / table.size for table in tables.values()) / weight) if weight else 1.0
 
 
-def _one_way_shares(
-    tables: Mapping[Query, F64], domain: Sequence[int], patients: float, public: Mapping[Query, F64]
-) -> tuple[list[F64], float]:
+def _one_way_shares(tables: Mapping[Query, F64], patients: float, anchors: Sequence[F64]) -> tuple[list[F64], float]:
     """Shares of each column's levels, and the variance of the noise on one cell.
 
     A table of n cells per level measures a column with n times the noise of its one-way table, so it weighs 1/n. The
     weighted squares of the deviations from the average add up to variance x levels x (measurements - 1), on average.
-    What noise alone would add to the distance from the public (or equal) shares is then taken back (positive-part
-    James & Stein (1961)).
+    What noise alone would add to the distance from the anchor is then taken back (positive-part James & Stein (1961)).
     """
     means: list[tuple[F64, float] | None] = []
     deviation, freedom = 0.0, 0
-    for c, levels in enumerate(domain):
+    for c, levels in enumerate(len(anchor) for anchor in anchors):
         measured = [
             (table if len(query) == 1 else table.sum(axis=1 - query.index(c)), levels / table.size)
             for query, table in tables.items()
@@ -253,13 +252,12 @@ def _one_way_shares(
         means.append((mean_L, float(weights.sum())))
     variance = deviation / freedom if freedom else 0.0
     shares = []
-    for c, (levels, mean) in enumerate(zip(domain, means, strict=True)):
-        anchor_L = public[(c,)] / public[(c,)].sum() if (c,) in public else np.full(levels, 1.0 / levels)
+    for anchor_L, mean in zip(anchors, means, strict=True):
         if mean is None:
-            shares.append(project_to_simplex(anchor_L))
+            shares.append(anchor_L)
             continue
-        away_L = (mean[0] - mean[0].mean()) / patients - (anchor_L - anchor_L.mean())
-        length, noise = float(away_L @ away_L), (levels - 1) * variance / (mean[1] * patients**2)
+        away_L = (mean[0] - mean[0].mean()) / patients - (anchor_L - 1.0 / anchor_L.size)
+        length, noise = float(away_L @ away_L), (anchor_L.size - 1) * variance / (mean[1] * patients**2)
         kept = max(0.0, 1.0 - noise / length) if length > 0.0 else 0.0
         shares.append(project_to_simplex(anchor_L + kept * away_L))
     return shares, variance
@@ -307,8 +305,7 @@ def _joint(
     product_LL = np.outer(row_L, column_L)
     base_LL = product_LL
     if public_LL is not None:
-        # one pseudo-patient spread as the product, so that the public table forbids nothing
-        base_LL = _fit_margins(public_LL + product_LL, row_L, column_L)
+        base_LL = _fit_margins(public_LL + 0.5, row_L, column_L)
     if table_LL is None:
         return base_LL
     excess_LL = table_LL - patients * base_LL

@@ -63,7 +63,7 @@ def states_for(
             chosen[places] = True
             given, drawn = torch.zeros_like(present_BVI), present_BVI & chosen
         case "update":
-            targets = places or [int(p) for p in references.unique() if p >= 0]
+            targets = places or sorted({place for place in layout.references() if place >= 0})
             if not targets:
                 raise ValueError("update: no instance has a reference and no keys are given; name what to update")
             chosen[targets] = True

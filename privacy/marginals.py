@@ -87,13 +87,10 @@ def clip_rows(vectors_BD: ArrayLike, bound: float) -> NDArray[np.float64]:
     rows = np.asarray(vectors_BD, dtype=np.float64)
     if rows.ndim != 2:
         raise ValueError(f"Expected vectors of shape (patients, dimensions), got {rows.shape}")
-    # a finite float64 row can still have an infinite norm: scale by its largest entry before squaring
-    largest = np.abs(rows).max(axis=1, initial=0.0)
-    finite = np.isfinite(largest)
-    safe = np.where(finite[:, None], rows, 0.0)
-    unit = np.where(finite & (largest > 0), largest, 1.0)[:, None]
-    norms = unit[:, 0] * np.minimum(np.linalg.norm(safe / unit, axis=1), np.finfo(np.float64).max / unit[:, 0])
-    return np.asarray(safe * (bound / np.maximum(bound, norms))[:, None], dtype=np.float64)
+    finite: NDArray[np.bool_] = np.asarray(np.isfinite(rows).all(axis=1))
+    # coordinates beyond 1e150 become 1e150: their squares would overflow, and the row is shortened anyway
+    safe = np.clip(np.where(finite[:, None], rows, 0.0), -1e150, 1e150)
+    return np.asarray(safe * (bound / np.maximum(bound, np.linalg.norm(safe, axis=1)))[:, None], dtype=np.float64)
 
 
 def bounded_mean_sum(vectors_BD: ArrayLike, bound: float, sigma: float, noise: NoiseSource) -> NDArray[np.float64]:

@@ -120,7 +120,7 @@ def autoencoder_schema() -> Schema:
     ['vae', 'vae', 'vae', 'vae', 'series', 'text']
     """
     demo = demo_schema()
-    sizes = {"mri": (8, 16), "pet": (8, 16), "cxr": (16, 8), "ehr": (4, 8)}
+    sizes = {"mri": (8, 8), "pet": (8, 8), "cxr": (8, 8), "ehr": (4, 8)}
     slots = []
     for slot in demo.slots:
         if slot.name in sizes:

@@ -103,10 +103,10 @@ def _prepare(request: Request, scenario: Scenario, folder: RunFolder, events: Ev
         events.write("phase", name="hospitals")
         preparation.make_sites(scenario, schema, sites_dir)
     events.write("phase", name="public model")
-    model = preparation.public_model(scenario, schema, request.runs / "public", folder, events)
+    model, public = preparation.public_model(scenario, schema, request.runs / "public", folder, events)
     events.write("phase", name="plan")
-    preparation.plan_and_approve(scenario, schema, model, sites_dir, folder, events)
     folder.sites_dir.write_text(str(sites_dir.resolve()), encoding="utf-8")
+    preparation.plan_and_approve(scenario, schema, model, public, sites_dir, folder, events)
     return sites_dir
 
 

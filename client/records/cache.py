@@ -73,9 +73,12 @@ def save(
     sealed = nonce + ChaCha20Poly1305(secret).encrypt(nonce, body, key.seal)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = folder / f"{key.name}.{os.getpid()}.part"
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(sealed)
-    draft.replace(folder / key.name)
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(sealed)
+        draft.replace(folder / key.name)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def load(

@@ -7,6 +7,7 @@ pseudonyms, whatever the order of the files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections import Counter
@@ -112,7 +113,19 @@ def read_everyone(
     if not isinstance(token, (DpToken, LocalToken, UncoveredToken)):
         raise NoAccess
     root = site_dir / config.root
-    sources = owned_sources(config, schema, frozenset(slots))
+    try:
+        return _read_or_recall(config, site_dir, root, schema, frozenset(slots), cache_key)
+    except OSError as error:  # a folder that may not be opened, a share that went away
+        raise BadSite(
+            Problem(config.root, "files", type(error).__name__, "the data folder can be read", "check mount and rights")
+        ) from None
+
+
+def _read_or_recall(
+    config: DataConfig, site_dir: Path, root: Path, schema: Schema, slots: frozenset[str], cache_key: bytes | None
+) -> Everyone:
+    """From the cache if it still fits the files, else from the files."""
+    sources = owned_sources(config, schema, slots)
     ids, problems, twice = list_patients(config, root)
     if not ids:
         raise NoPatients(*problems)
@@ -129,7 +142,8 @@ def read_everyone(
     if stored is not None:
         return Everyone(*stored)
     fresh = _read(config, root, schema, sources, files, ids, problems, twice)
-    cache.save(site_dir / "cache", key, cache_key, schema, fresh.batch, fresh.problems, fresh.counts)
+    with contextlib.suppress(OSError):  # a full disk costs time, not the round
+        cache.save(site_dir / "cache", key, cache_key, schema, fresh.batch, fresh.problems, fresh.counts)
     return fresh
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from medgen_models.codecs.base import dense_weight
+from medgen_models.codecs.base import dense_weight, pieces
 from medgen_models.schema import Slot
 
 
@@ -60,7 +60,7 @@ class AeklCodec:
 
     @staticmethod
     def _build(slot: Slot, config: dict[str, Any], weights: dict[str, Tensor]) -> AeklCodec:
-        from monai.networks.nets import AutoencoderKL  # heavy import, only where such a codec is used
+        from monai.networks.nets.autoencoderkl import AutoencoderKL  # heavy import, only where such a codec is used
 
         # The constructor draws initial weights from the global generator; they are replaced, so its state is restored.
         with torch.random.fork_rng(devices=[]):
@@ -96,7 +96,7 @@ class AeklCodec:
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """(B, *shape) to (B, T, W)."""
-        parts = [self.net.encode(part[:, None])[0].flatten(1) for part in x.split(4)]  # type: ignore[operator]
+        parts = [self.net.encode(part[:, None])[0].flatten(1) for part in pieces(x, 4)]  # type: ignore[operator]
         latent = torch.cat(parts) if parts else torch.zeros(0, self.tokens * self.width)
         return (latent / self.scale_R).reshape(-1, self.tokens, self.width)
 
@@ -108,7 +108,7 @@ class AeklCodec:
     def decode(self, z_BTW: Tensor) -> Tensor:
         """(B, T, W) to (B, *shape)."""
         latent = (z_BTW.flatten(1) * self.scale_R).reshape(-1, *self.grid)
-        return torch.cat([self.net.decode(part)[:, 0] for part in latent.split(4)])  # type: ignore[operator]
+        return torch.cat([self.net.decode(part)[:, 0] for part in pieces(latent, 4)])  # type: ignore[operator]
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, scale, and the configuration as UTF-8 bytes."""

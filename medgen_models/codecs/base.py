@@ -45,3 +45,8 @@ class Codec(Protocol):
 def dense_weight(x: Tensor, tokens: int, width: int) -> Tensor:
     """Weight 1 everywhere: images have no missing part."""
     return torch.ones(x.shape[0], tokens, width, device=x.device)
+
+
+def pieces(x: Tensor, size: int) -> list[Tensor]:
+    """``x`` cut along its first axis into parts of at most ``size``; none for an empty ``x``."""
+    return [x[start : start + size] for start in range(0, len(x), size)]

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
-from medgen_models.codecs.base import dense_weight
+from medgen_models.codecs.base import dense_weight, pieces
 from medgen_models.codecs.table import TableCodec
 from medgen_models.schema import IMAGE_KINDS, Slot
 
@@ -39,6 +39,9 @@ class SlotVae(nn.Module):
     Raises:
         ValueError: an edge that is no multiple of 8.
     """
+
+    centre: Tensor
+    spread: Tensor
 
     def __init__(self, slot: Slot, features: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -101,7 +104,8 @@ class SlotVae(nn.Module):
             h = _depth_to_space(self.leave(nn.functional.silu(self.norm(h))), _FOLD).flatten(1)
         else:
             h = self.leave(nn.functional.silu(h))
-        return h * self.spread + self.centre
+        out: Tensor = h * self.spread + self.centre
+        return out
 
     def forward(self, x_JD: Tensor, weight_JD: Tensor, noise_JR: Tensor) -> Tensor:
         """Negative evidence bound per record (J,): weighted error in units of public variance plus the KL term."""
@@ -110,12 +114,8 @@ class SlotVae(nn.Module):
         error_JD = ((out_JD - x_JD) / self.spread).square() * weight_JD
         total_J = torch.broadcast_to(weight_JD, x_JD.shape).sum(dim=-1).clamp_min(1.0)
         kl_JR = 0.5 * (mean_JR.square() + logvar_JR.exp() - 1.0 - logvar_JR)
-        return error_JD.sum(dim=-1) / total_J + KL_WEIGHT * kl_JR.mean(dim=-1)
-
-    def patient_loss(self, x_JD: Tensor, weight_JD: Tensor, present_J: Tensor, noise_JR: Tensor) -> Tensor:
-        """One value per patient: the mean over its records; exactly 0 without any."""
-        here_J = present_J.to(x_JD.dtype)
-        return (self(x_JD, weight_JD, noise_JR) * here_J).sum() / here_J.sum().clamp_min(1.0)
+        bound_J: Tensor = error_JD.sum(dim=-1) / total_J + KL_WEIGHT * kl_JR.mean(dim=-1)
+        return bound_J
 
 
 class _Block(nn.Module):
@@ -206,7 +206,7 @@ class VaeCodec:
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """(B, *raw) to (B, T, W)."""
-        parts = [self.net.posterior(self.features(part)[0])[0] for part in x.split(128)]
+        parts = [self.net.posterior(self.features(part)[0])[0] for part in pieces(x, 128)]
         latent = torch.cat(parts) if parts else torch.zeros(0, self.net.latent)
         return (latent / self.scale_R).reshape(-1, self.tokens, self.width)
 
@@ -218,7 +218,7 @@ class VaeCodec:
     def decode(self, z_BTW: Tensor) -> Tensor:
         """(B, T, W) to (B, *raw)."""
         latent = z_BTW.reshape(-1, self.net.latent) * self.scale_R
-        parts = [self.net.reconstruct(part) for part in latent.split(128)]
+        parts = [self.net.reconstruct(part) for part in pieces(latent, 128)]
         out = torch.cat(parts) if parts else torch.zeros(0, math.prod(self.net.shape))
         if self.table is not None:
             return self.table.decode(out.reshape(-1, self.table.tokens, self.table.width))
@@ -245,12 +245,13 @@ class VaeCodec:
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
-    return skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-any-return]
+    return cast(nn.Linear, nn.utils.skip_init(nn.Linear, inputs, outputs))  # type: ignore[no-untyped-call]
 
 
 def _conv(axes: int, inputs: int, outputs: int, edge: int) -> nn.Module:
     kind = nn.Conv3d if axes == 3 else nn.Conv2d
-    return skip_init(kind, inputs, outputs, edge, padding=edge // 2)  # type: ignore[no-any-return]
+    layer = nn.utils.skip_init(kind, inputs, outputs, kernel_size=edge, padding=edge // 2)  # type: ignore[no-untyped-call]
+    return cast(nn.Module, layer)
 
 
 def _space_to_depth(x: Tensor, fold: int) -> Tensor:

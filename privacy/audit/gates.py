@@ -3,7 +3,7 @@
 A rule returns a :class:`Finding`: what it looked at, the number it saw, a plain sentence, and a status.
 
     PASS   the evidence is there, valid, and inside the policy
-    INFO   a diagnostic that found nothing; it can warn but never clears
+    INFO   a result that could only have warned, and did not; it never clears a cohort
     HOLD   an officer must decide; *missing or invalid evidence is always HOLD*
     BLOCK  the cohort must not leave
 
@@ -246,7 +246,8 @@ def uncovered(queries: Sequence[tuple[str, int, int]], policy: GatePolicy) -> Fi
         name, asked, cap = over[0]
         return Finding("G1 budget", "not covered", "BLOCK", asked, f"Query {name} was asked {asked} times, cap {cap}.")
     total = sum(asked for _, asked, _ in queries)
-    words = f"{total} audit queries lie outside the guarantee; each is counted in the ledger and capped."
+    many = "1 query lies" if total == 1 else f"{total} queries lie"
+    words = f"{many} outside the guarantee at the busiest site, counted in its ledger and capped."
     return Finding("G1 budget", "not covered", "PASS", total, words)
 
 
@@ -281,6 +282,9 @@ def refuted_promise(
     if bound > policy.ceiling_share * ceiling:
         words = f"The attack reached nearly all that an audit of this size can show ({seen})."
         return Finding("G2 promise", name, "HOLD", bound, words)
+    if ceiling <= epsilon:
+        words = f"No contradiction, but an audit of this size could not have shown one ({seen})."
+        return Finding("G2 promise", name, "INFO", bound, words)
     return Finding("G2 promise", name, "PASS", bound, f"Nothing here contradicts the promise ({seen}).")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9@][A-Za-z0-9 ._@+=:%(),<>-]{0,79}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9@][A-Za-z0-9 ._@+=:%(),<>|/&*'–-]{0,79}$")]
 GroupName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][A-Za-z0-9_.-]{0,47}(/[a-z0-9][A-Za-z0-9_.-]{0,47})?$")]
 Sentence = Annotated[str, StringConstraints(min_length=1, max_length=600, pattern=r"^[^\\<>{}\x00-\x1f]*$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -31,6 +31,7 @@ from privacy.audit.tradeoff import auc_cap_gdp, tpr_cap, tpr_cap_gdp
 from privacy.audit.validity import blind_auc
 from server.release.evidence import SCHEMA_VERSION, AttackCounts, Evidence, Promise
 from server.release.gate import Verdict, decide
+from server.release.render import render_html
 
 FPR_POINTS = (0.01, 0.05, 0.10)
 AUDIT_DELTA = 1e-5  # at which bounds are stated where nothing was promised
@@ -40,7 +41,7 @@ def build_report(evidence: Evidence, policy: GatePolicy) -> dict[str, Any]:
     """Everything that the report says, as JSON values; infinite numbers are the word ``Infinity``."""
     verdict = decide(evidence, policy)
     attacks = [_attack(attack, evidence.promise, policy) for attack in evidence.attacks if attack.kind != "copies"]
-    return _plain(
+    report: dict[str, Any] = _plain(
         {
             "schema_version": SCHEMA_VERSION,
             "verdict": dataclasses.asdict(verdict),
@@ -59,6 +60,7 @@ def build_report(evidence: Evidence, policy: GatePolicy) -> dict[str, Any]:
             },
         }
     )
+    return report
 
 
 def report_bytes(report: Mapping[str, Any]) -> bytes:
@@ -78,8 +80,6 @@ def write_report(evidence: Evidence, policy: GatePolicy, images: Mapping[str, by
     Raises:
         ValueError: a contact sheet is missing, was not announced, or has another digest.
     """
-    from server.release.render import render_html  # the template engine is needed here only
-
     check_images(evidence, images)
     report = build_report(evidence, policy)
     (folder / "figures").mkdir(parents=True, exist_ok=True)

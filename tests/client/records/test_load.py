@@ -249,3 +249,23 @@ def test_check_reports_a_site_that_cannot_be_read(tmp_path: Path, site: Any, sch
     assert report.problems[0].field == "file"
     with pytest.raises(NoAccess):
         check(DataConfig(), site.folder, schema, SLOTS, "token")  # type: ignore[arg-type]
+
+
+def test_a_share_that_went_away_is_a_bad_site(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(site)
+
+    def gone(*_: Any) -> None:
+        raise PermissionError("/secret/path")
+
+    monkeypatch.setattr("client.records.bids.read_slot", gone)
+    with pytest.raises(BadSite) as caught:
+        site.load("mri")
+    assert str(caught.value) == BadSite.sentence
+    assert "secret" not in str(caught.value.problems)
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(site: Any, schema: Schema, split_key: bytes) -> None:
+    fill(site)
+    (site.folder / "cache").write_text("a file where the folder should be")
+    records = load(DataConfig(), site.folder, schema, SLOTS, site.token, split_key, 2, CACHE_KEY)
+    assert len(records.members) == 4

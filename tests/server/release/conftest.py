@@ -1,13 +1,37 @@
-"""A small study and a synthetic-looking batch of it, shared by the release tests."""
+"""A small study, a synthetic-looking batch of it, and made-up evidence, shared by the release tests."""
 
 from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 from medgen_models.schema import Column, Factor, Instance, PatientBatch, Schema, Slot
+from privacy.audit.attacks import counts_at
+from privacy.audit.validity import BLIND_THRESHOLDS
 from server.release.cohort_files import synthetic_ids
+from server.release.evidence import (
+    AttackCounts,
+    Cohort,
+    Crossing,
+    Evidence,
+    Group,
+    Promise,
+    PublicData,
+    SiteSpend,
+    StagePromise,
+    StageSpend,
+    UncoveredQuery,
+    Validity,
+)
+from server.release.figures import contact_sheet
+from server.release.measures import Correlation, FidelityRow, Marginal, Sheet, Trace, Utility
 
 SEQUENCES = ("T1w", "T1ce", "T2w", "FLAIR", "PD")
 PATHOLOGIES = ("healthy", "glioma")
@@ -144,3 +168,253 @@ def visits_batch(schema: Schema) -> tuple[Schema, PatientBatch]:
     """The same study with two visits."""
     longer = schema.model_copy(update={"max_visits": 2})
     return longer, make_batch(longer, 4, 1)
+
+
+# --- evidence: plausible, made up, and only here ----------------------------------------------------------------------
+
+SITES = {
+    "amber": ("mri", "pet", "cxr", "ehr", "vitals"),
+    "birch": ("mri", "pet", "cxr", "ehr", "vitals"),
+    "cedar": ("mri", "pet", "ehr"),
+    "dune": ("mri", "cxr", "ehr", "vitals"),
+    "elm": ("cxr", "ehr"),
+}
+THRESHOLDS = tuple(float(v) for v in norm.isf([0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005]))
+
+
+def make_attack(name: str, mu: float, members: int, held_out: int, seed: int, **fields: Any) -> AttackCounts:
+    """Counts of a Gaussian attack of strength ``mu``."""
+    rng = np.random.default_rng(seed)
+    member, outside = rng.normal(mu, 1, members), rng.normal(0, 1, held_out)
+    return AttackCounts(
+        name=name,
+        thresholds=THRESHOLDS,
+        hits_member=counts_at(member, THRESHOLDS),
+        hits_held_out=counts_at(outside, THRESHOLDS),
+        trials_member=members,
+        trials_held_out=held_out,
+        sites=tuple(SITES),
+        masked=True,
+        **fields,
+    )
+
+
+def make_promise(epsilon: float = 7.98) -> Promise:
+    finite = math.isfinite(epsilon)
+    return Promise(
+        sentence=f"At each site, ({epsilon:.3g}, 1e-05)-differential privacy for one patient under zero-out.",
+        relation_text="zero-out: one patient with all visits, images and rows is replaced by an empty record; the "
+        "declared capacity is public and stays.",
+        epsilon=epsilon,
+        delta=1e-5,
+        mu=1.67 if finite else math.inf,
+        epsilon_replace_one=14.2 if finite else math.inf,
+        epsilon_two_sites=12.4 if finite else math.inf,
+        epsilon_check=7.99 if finite else math.inf,
+        sampling_text="Poisson: at every step each patient of the site is drawn independently at the stated rate, with "
+        "secret fresh coins; empty draws add noise and are charged. No amplification is claimed.",
+        accountant="privacy loss distributions (dp_accounting, pessimistic, both directions); cross-check PRV (Opacus)",
+        stages=(
+            StagePromise(name="marginals", kind="query", rounds=1, spare_rounds=1, noise_multiplier=12.0,
+                         sensitivity=5.83, epsilon=0.52 if finite else math.inf),
+            StagePromise(name="recentre", kind="query", rounds=1, spare_rounds=1, noise_multiplier=5.0,
+                         sensitivity=41.2, epsilon=1.26 if finite else math.inf),
+            StagePromise(name="core", kind="training", rounds=4, spare_rounds=2, steps=12, sampling_rate=0.15,
+                         noise_multiplier=1.21, sensitivity=0.4, epsilon=7.41 if finite else math.inf),
+        ),
+        not_covered=(
+            "patients held out from training, and every query without noise (counted and capped by the ledger)",
+            "harm from what is true of the population rather than of one patient",
+            "a patient recorded under two names at one site, or at more than two sites",
+        ),
+    )  # fmt: skip
+
+
+def make_sites() -> tuple[SiteSpend, ...]:
+    rows = []
+    for number, (site, slots) in enumerate(SITES.items()):
+        used = 1 if site == "cedar" else 0
+        stages = (
+            StageSpend(stage="marginals", planned=1, answered=1, spares=1),
+            StageSpend(stage="recentre", planned=1, answered=0 if site == "elm" else 1, spares=1),
+            StageSpend(stage="core", planned=4, answered=4, spares=2, spares_used=used),
+        )
+        rows.append(
+            SiteSpend(
+                site=site,
+                slots=slots,
+                declared_capacity=220 + 20 * number,
+                declared_held_out=40,
+                stages=stages,
+                epsilon_spent=6.93 + 0.35 * used - (0.4 if site == "elm" else 0),
+                ledger_seq=14 + 2 * used,
+                ledger_head=f"{number + 3:x}" * 64,
+                bytes_in=18_400_000 + 1000 * number,
+                bytes_out=12_700_000 - 900_000 * number,
+            )
+        )
+    return tuple(rows)
+
+
+def make_sheets(
+    synthetic: PatientBatch, public: PatientBatch, schema: Schema
+) -> tuple[tuple[Sheet, ...], dict[str, bytes]]:
+    sheets, images = [], {}
+    for slot, instance in schema.instances():
+        if slot.kind not in ("volume", "image"):
+            continue
+        key = slot.key(instance)
+        names = {}
+        for source, patients in (("synthetic", synthetic), ("public", public)):
+            i = schema.keys().index(key)
+            rows = torch.nonzero(patients.present_BVI[:, 0, i])[:8, 0]
+            name = f"figures/{key.replace('.', '-')}-{source}.png"
+            images[name] = contact_sheet(patients.values[key][rows, 0].numpy(), source)  # type: ignore[arg-type]
+            names[source] = name
+        sheets.append(
+            Sheet(
+                instance=key,
+                title=f"{key}, middle slice" if slot.kind == "volume" else key,
+                unit=slot.unit,
+                synthetic=names["synthetic"],
+                synthetic_sha256=hashlib.sha256(images[names["synthetic"]]).hexdigest(),
+                public=names["public"],
+                public_sha256=hashlib.sha256(images[names["public"]]).hexdigest(),
+            )
+        )
+    return tuple(sheets), images
+
+
+def make_measures() -> dict[str, Any]:
+    rng = np.random.default_rng(5)
+
+    def marginal(column: str, unit: str, labels: tuple[str, ...]) -> Marginal:
+        share = rng.dirichlet(np.full(len(labels), 4.0))
+        other = share + 0.12 * rng.dirichlet(np.ones(len(labels)))
+        return Marginal(
+            column=column, unit=unit, labels=labels, public=tuple(share), synthetic=tuple(other / other.sum())
+        )
+
+    hours = tuple(2.0 + 4 * t for t in range(12))
+    curve = 88 + 6 * np.sin(np.asarray(hours) / 9)
+    trace = Trace(
+        channel="heart rate", unit="1/min", hours=hours,
+        synthetic_mean=tuple(curve + 2), synthetic_low=tuple(curve - 14), synthetic_high=tuple(curve + 19),
+        public_mean=tuple(curve), public_low=tuple(curve - 17), public_high=(None, *(curve + 17)[1:]),
+    )  # fmt: skip
+    return {
+        "marginals": (
+            marginal("age", "a", ("18–30", "30–45", "45–60", "60–75", "75–95")),
+            marginal("sex", "", ("F", "M", "missing")),
+            marginal("pathology", "", ("healthy", "glioma", "sclerosis", "dementia")),
+            marginal("crp", "mg/l", ("0–10", "10–50", "50–100", "100–300", "missing")),
+            marginal("mmse", "", ("0–10", "10–20", "20–26", "26–30")),
+            marginal("died", "", ("no", "yes")),
+        ),
+        "traces": (trace, trace.model_copy(update={"channel": "lactate", "unit": "mmol/l"}), trace),
+        "correlations": (
+            Correlation(attribute="ventricle volume", column="age", synthetic=0.52, public=0.66, shuffled=0.02),
+            Correlation(attribute="hippocampus volume", column="mmse", synthetic=0.44, public=0.58, shuffled=-0.01),
+            Correlation(attribute="cortex SUVR", column="mmse", synthetic=0.31, public=0.49, shuffled=0.03),
+            Correlation(attribute="heart width", column="bnp", synthetic=0.55, public=0.61, shuffled=0.0),
+            Correlation(attribute="effusion", column="fluid balance", synthetic=-0.21, public=-0.40, shuffled=0.04),
+        ),
+        "fidelity": (
+            FidelityRow(part="table", subject="all columns", measure="mean total variation", value=0.081, floor=0.043),
+            FidelityRow(part="table", subject="all pairs", measure="mean |difference of correlation|", value=0.11, floor=0.06),
+            FidelityRow(part="series", subject="heart rate", measure="Wasserstein distance", value=0.07, floor=0.03),
+            FidelityRow(part="image", subject="mri.a", measure="Frechet distance of tokens", value=4.2, floor=1.1),
+        ),
+    }  # fmt: skip
+
+
+def make_evidence(sheets: tuple[Sheet, ...] = (), **changes: Any) -> Evidence:
+    """A whole, plausible study that nothing stands against except what is never measured here."""
+    fields: dict[str, Any] = {
+        "study": "demo",
+        "created": "2026-11-21T10:00:00Z",
+        "plan_sha256": "4f" * 32,
+        "promise": make_promise(),
+        "cohort": Cohort(patients=64, slots=("mri", "pet", "cxr", "ehr", "vitals"), files=701, bytes=24_700_000,
+                         manifest_sha256="7c" * 32, integrity_failures=()),
+        "public": PublicData(name="public phantoms", digest="1a" * 32, overlap="generated"),
+        "sites": make_sites(),
+        "groups": (
+            Group(group="trunk", status="masked", sites=tuple(SITES), rounds=4, reason="All five sites own it."),
+            Group(group="slot/mri", status="masked", sites=("amber", "birch", "cedar", "dune"), rounds=4,
+                  reason="Four sites have MRI."),
+            Group(group="slot/pet", status="masked", sites=("amber", "birch", "cedar"), rounds=4,
+                  reason="Three sites have PET."),
+            Group(group="slot/note", status="frozen", reason="Fewer than three sites own notes."),
+        ),
+        "crossings": (
+            Crossing(message="Capabilities", content="Name, slots, capacity and keys, as typed in at the site.",
+                     cover="public", messages=5, bytes=2_900),
+            Crossing(message="MaskedAnswer", content="Clipped, noised and masked sums of weights and counts.",
+                     cover="DP", messages=29, bytes=58_300_000),
+            Crossing(message="UnmaskAnswer", content="Seeds that take masks off the sum.", cover="public", messages=29,
+                     bytes=21_000),
+            Crossing(message="AuditAnswer", content="Hits and trials at pre-registered thresholds, masked.",
+                     cover="not covered", messages=5, bytes=6_100),
+        ),
+        "uncovered": (UncoveredQuery(query="audit", asked=1, cap=3, sites=tuple(SITES)),),
+        "planned_attacks": ("flow loss", "nearest neighbour", "copies"),
+        "attacks": (
+            make_attack("flow loss", 0.12, 400, 200, 1, access="final weights",
+                        about="How much better the final model fits a patient than the public model does."),
+            make_attack("nearest neighbour", 0.02, 400, 200, 2, access="cohort only", kind="diagnostic",
+                        about="How near the nearest synthetic patient lies, in codec tokens and columns."),
+            AttackCounts(name="copies", kind="copies", access="cohort only", thresholds=(0.0,), hits_member=(0,),
+                         hits_held_out=(0,), trials_member=400, trials_held_out=200, sites=tuple(SITES),
+                         about="Rows that some synthetic patient repeats exactly."),
+        ),
+        "validity": Validity(
+            split_overlap=0,
+            blind=make_blind(),
+            planted=make_attack("planted", 4.0, 40, 200, 4, access="cohort only"),
+        ),
+        "utility": (
+            Utility(task="died", trained_on="synthetic", concordant=612, pairs=1000, sites=tuple(SITES)),
+            Utility(task="died", trained_on="public", concordant=640, pairs=1000, sites=tuple(SITES)),
+        ),
+        "sheets": sheets,
+        "deviations": ("Site cedar lost its connection in round 2 of core; one spare round was used.",),
+        "versions": {"medgen": "0.1.0", "torch": "2.13.0", "flwr": "1.41.0"},
+        **make_measures(),
+    }  # fmt: skip
+    return Evidence(**{**fields, **changes})
+
+
+def make_blind() -> AttackCounts:
+    rng = np.random.default_rng(3)
+    return AttackCounts(
+        name="blind",
+        access="no model",
+        thresholds=BLIND_THRESHOLDS,
+        hits_member=counts_at(rng.uniform(size=400), BLIND_THRESHOLDS),
+        hits_held_out=counts_at(rng.uniform(size=200), BLIND_THRESHOLDS),
+        trials_member=400,
+        trials_held_out=200,
+        sites=tuple(SITES),
+    )
+
+
+@pytest.fixture(scope="session")
+def evidence_with_images(schema: Schema, batch: PatientBatch) -> tuple[Evidence, dict[str, bytes]]:
+    sheets, images = make_sheets(batch, make_batch(schema, 9, 7), schema)
+    return make_evidence(sheets), images
+
+
+@pytest.fixture(scope="session")
+def evidence_factory() -> Callable[..., Evidence]:
+    return make_evidence
+
+
+@pytest.fixture(scope="session")
+def attack_factory() -> Callable[..., AttackCounts]:
+    return make_attack
+
+
+@pytest.fixture(scope="session")
+def promise_factory() -> Callable[..., Promise]:
+    return make_promise

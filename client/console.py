@@ -1,0 +1,103 @@
+"""What ``medgen site …`` prints. Local: none of it leaves the hospital by itself."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from client.policy import SiteConfig
+from client.records.check import CheckReport
+from client.records.check import check as check_records
+from medgen_models.schema import Schema
+from privacy.boundary.refusals import Refused
+from privacy.ledger import Ledger, PlanSummary
+
+MOST_PROBLEMS = 200
+
+
+def print_check(folder: Path, schema_path: Path) -> int:
+    """Read the site's records as a study would and print what was found; 1 if the site could not take part."""
+    console = Console(soft_wrap=True)
+    try:
+        config = SiteConfig.load(folder)
+        schema = Schema.model_validate_json(schema_path.read_bytes())
+        with config.open_ledger() as ledger:
+            token = ledger.local("site check")
+        slots = [slot for slot in config.site.slots if slot in {s.name for s in schema.slots}]
+        report = check_records(config.data, folder, schema, slots, token)
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]refused[/] {error}")
+        return 1
+    console.print(f"[bold]{config.site.name}[/] · study schema {schema.name} · for this hospital only")
+    _print_counts(console, report)
+    _print_problems(console, report)
+    console.print("the site can take part" if report.usable else "[bold red]the site cannot take part[/]: no usable patient")
+    return 0 if report.usable else 1
+
+
+def _print_counts(console: Console, report: CheckReport) -> None:
+    table = Table("instance", "patients", "visits", title=f"{report.listed} patients listed, {len(report.null)} null")
+    for entry in report.instances:
+        table.add_row(entry.key, str(entry.patients), str(entry.visits))
+    console.print(table)
+    for description, count in report.counts.items():
+        console.print(f"  {count} {description}")
+
+
+def _print_problems(console: Console, report: CheckReport) -> None:
+    if not report.problems:
+        console.print("no problems")
+        return
+    table = Table("file", "field", "value", "rule", "remedy", title=f"{len(report.problems)} problems")
+    for problem in report.problems[:MOST_PROBLEMS]:
+        table.add_row(problem.file, problem.field, problem.value, problem.rule, problem.remedy)
+    console.print(table)
+    if len(report.problems) > MOST_PROBLEMS:
+        console.print(f"  and {len(report.problems) - MOST_PROBLEMS} more")
+
+
+def print_ledger(folder: Path) -> None:
+    """Print promise and spend of every plan that the site approved."""
+    console = Console(soft_wrap=True)
+    config = SiteConfig.load(folder)
+    with Ledger.open(folder / "ledger.sqlite", config.site.name, writable=False) as ledger:
+        summary = ledger.summary()
+    console.print(f"[bold]{summary.site}[/] · row {summary.head[0]} · head {summary.head[1][:16]}")
+    lifetime = "not private" if not summary.private else f"{summary.lifetime_epsilon:.3f}"
+    console.print(
+        f"lifetime epsilon (Rényi) {lifetime} of {config.ceiling.lifetime_epsilon:g} at delta {config.ceiling.delta:g}; "
+        f"records read for local work {summary.local_reads} times"
+    )
+    for plan in summary.plans:
+        _print_plan(console, plan)
+
+
+def _print_plan(console: Console, plan: PlanSummary) -> None:
+    promise = "NOT PRIVATE" if not plan.private else f"epsilon {plan.epsilon:.3f} reserved, {plan.spent_epsilon:.3f} spent"
+    state = "closed" if plan.closed else "open"
+    console.print(f"\nplan {plan.plan_hash[:16]} · {promise} · delta {plan.delta:g} · N_decl {plan.n_decl} · {state}")
+    table = Table("stage", "rounds", "spares", "begun", "finished", "spares used", "left", "epsilon alone")
+    for stage in plan.stages:
+        alone = "∞" if math.isinf(stage.spent_epsilon) else f"{stage.spent_epsilon:.3f}"
+        numbers = (stage.rounds, stage.spare_rounds, stage.intents, stage.commits, stage.spares_used, stage.remaining)
+        table.add_row(stage.name, *map(str, numbers), alone)
+    console.print(table)
+    for query, times in plan.uncovered.items():
+        console.print(f"  not covered by epsilon: {query}, answered {times} times")
+
+
+def print_ledger_verification(folder: Path) -> int:
+    """Recompute the ledger's chain; 0 if it holds."""
+    console = Console(soft_wrap=True)
+    try:
+        config = SiteConfig.load(folder)
+        with Ledger.open(folder / "ledger.sqlite", config.site.name, writable=False) as ledger:
+            seq, head = ledger.verify()
+    except (Refused, ValueError, OSError) as error:
+        console.print(f"[bold red]the ledger does not hold[/] {error}")
+        return 1
+    console.print(f"the ledger holds: {seq + 1} rows, head {head}")
+    return 0

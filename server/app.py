@@ -1,0 +1,59 @@
+"""Flower ServerApp: the study's stages, in order, in one screenful. It never sees a record."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the planned study in the run folder that the run config names; how it ended is in its event file."""
+    from server.events import EventLog
+    from server.runfolder import RunFolder
+
+    folder = RunFolder(Path(str(context.run_config["run-dir"])))
+    events = EventLog(folder.events)
+    events.write("started")
+    try:
+        verdict = run_study(grid, context)
+    except Exception as error:
+        (folder.path / "coordinator.log").write_text(traceback.format_exc(), encoding="utf-8")
+        events.write("failed", reason=str(error)[:500])
+        return
+    events.write("finished", verdict=verdict)
+
+
+def run_study(grid: Grid, context: Context) -> str:
+    """All stages from roll call to report; each continues after its last finished round. Returns the verdict."""
+    from medgen_models.assembly import StudyModel, assemble
+    from medgen_models.pretrain import PublicModel
+    from medgen_models.table_prior import variables
+    from server import auditing, publishing, stages
+    from server.events import EventLog
+    from server.runfolder import RunFolder
+    from server.session import gather, open_session
+
+    folder = RunFolder(Path(str(context.run_config["run-dir"])))
+    session = open_session(grid, folder, EventLog(folder.events))
+    public = PublicModel.load(Path(folder.public_pointer.read_text(encoding="utf-8")), session.schema)
+
+    def model(state: stages.State) -> StudyModel:
+        return assemble(public, state, session.plan.training.group, session.plan.training.lora_rank)
+
+    sites = gather(session)
+    domain = [len(column.levels) for column in variables(session.schema, session.config.table.bins)]
+    counts = stages.marginals(session, sites, domain)
+    state = stages.codecs(session, sites, model({}), {})
+    state = stages.recentre(session, sites, model(state), state)
+    state = stages.core(session, sites, model(state), state)
+
+    final = model(state)
+    cohort = publishing.sample(session, final, counts)
+    audit = auditing.attack_cohort(session, sites, state, folder.cohort, publishing.outcome_of(session.schema))
+    return publishing.publish(session, final, cohort, audit, sites)
