@@ -12,6 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from client import enrolment, policy
 from client.outbox import Outbox
 from client.parts import PartStore
@@ -104,9 +107,12 @@ class SiteAgent:
     ) -> bytes:
         from client import evidence, rounds
 
-        missing = PartStore(self._folder).missing(task.parts)
-        if missing:
+        if PartStore(self._folder).missing(task.parts):
             raise Refused("PARTS_MISSING")
+        cohorts = {cohort.group: cohort for cohort in task_cohorts(plan, task.stage, digest, task.invited)}
+        mine = [name for name in plan.asked(task.stage, task.invited) if config.site.name in plan.owners(name)]
+        if not mine:
+            raise Refused("COHORT_TOO_SMALL")  # before anything is charged
         token: DpToken | None = None
         if task.stage == AUDIT:
             values = evidence.audit(config, plan, task, ledger.uncovered(task.plan_hash, AUDIT, plan.audit.cap, digest))
@@ -115,13 +121,13 @@ class SiteAgent:
             token = ledger.intend(task.plan_hash, task.stage, task.round, digest)
             values, step = rounds.compute(config, plan, task, token)
         party = self._party(plan, config)
-        groups = {}
-        for name, vector in sorted(values.items()):
-            if plan.exchange(name) == "masked":
-                cohort = Cohort(digest, name, plan.cohort(name, task.invited), plan.min_cohort(name))
-                groups[name] = mask(quantise(vector, len(cohort.members), step).vector, party, cohort)
-            elif plan.exchange(name) == "plain" and task.stage != AUDIT:
-                groups[name] = vector.astype("float32")
+        groups: dict[str, NDArray[np.uint32] | NDArray[np.float32]] = {}
+        for name in mine:
+            if name in cohorts:
+                size = len(cohorts[name].members)
+                groups[name] = mask(quantise(values[name], size, step).vector, party, cohorts[name])
+            elif task.stage != AUDIT:
+                groups[name] = values[name].astype(np.float32)
         seq, head = ledger.head
         answer = to_bytes(MaskedAnswer(digest, groups, seq, head))
         outbox.put(digest, answer)
@@ -143,11 +149,7 @@ class SiteAgent:
         if (claim.plan_hash, claim.stage) != (request.plan_hash, request.stage):
             raise Refused("UNKNOWN_TASK")
         outbox.settle_survivors(request.task_digest, request.survivors)
-        cohorts = []
-        for name in plan.groups(request.stage):
-            members = plan.cohort(name, claim.invited)
-            if plan.exchange(name) == "masked" and len(members) >= plan.min_cohort(name):
-                cohorts.append(Cohort(request.task_digest, name, members, plan.min_cohort(name)))
+        cohorts = task_cohorts(plan, request.stage, request.task_digest, claim.invited)
         reveal = unmask_seeds(self._party(plan, config), cohorts, request.survivors)
         opened = UnmaskAnswer(answer.task_digest, reveal.sealed, reveal.agreement)
         outbox.record("unmask", to_bytes(opened), about=request.task_digest)
@@ -162,6 +164,15 @@ class SiteAgent:
         path = self._folder / "agent.log"
         with path.open("a", encoding="utf-8") as handle:
             handle.write(f"{now_utc()} {text}\n")
+
+
+def task_cohorts(plan: StudyPlan, stage: str, digest: str, invited: tuple[str, ...]) -> list[Cohort]:
+    """The mask cohorts of a task, those of groups that this site does not own included: both sides need the same list."""
+    return [
+        Cohort(digest, name, plan.cohort(name, invited), plan.min_cohort(name))
+        for name in plan.asked(stage, invited)
+        if plan.exchange(name) == "masked"
+    ]
 
 
 def _hardware() -> str:

@@ -91,7 +91,9 @@ class Outbox:
         return stored[_SHA:]
 
     def put(self, task_digest: str, answer: bytes) -> None:
-        """Store the answer to a task; file and folder are synced, and the record of what left has it, on return.
+        """Store the answer to a task; file and folder are synced on return.
+
+        The record of what left is written first: after a crash it may name an answer that never left, never the reverse.
 
         Raises:
             Refused: ``ATTEMPT_CONFLICT`` if another answer to this task is stored; the first one stands.
@@ -101,8 +103,8 @@ class Outbox:
             if before != answer:
                 raise Refused("ATTEMPT_CONFLICT", "another answer to this task is stored", "send the stored one")
             return
-        write_durably(self._answer_path(task_digest), hashlib.sha256(answer).digest() + answer)
         self.record("answer", answer, about=task_digest)
+        write_durably(self._answer_path(task_digest), hashlib.sha256(answer).digest() + answer)
 
     def settle_survivors(self, task_digest: str, survivors: tuple[str, ...]) -> None:
         """Bind this task to one survivor set, durably, before any seed of it is revealed.

@@ -225,11 +225,8 @@ def check_roster(config: SiteConfig, plan: StudyPlan) -> None:
     keys = config.folder / "keys"
     identity, masking = IdentityKey.load(keys / "identity.key"), MaskingKey.load(keys / "masking.key")
     if (entry.identity_key, entry.masking_key) != (identity.public.hex(), masking.public.hex()):
-        raise Refused(
-            "ROSTER_KEYS",
-            f"the roster's keys for {site.name} are not those in {keys}",
-            f"the coordinator must enrol fingerprint {fingerprint(identity.public)}",
-        )
+        remedy = f"the coordinator must enrol fingerprint {fingerprint(identity.public)}"
+        raise Refused("ROSTER_KEYS", f"the roster's keys for {site.name} are not those in {keys}", remedy)
     if extra := sorted(set(entry.slots) - set(site.slots)):
         raise Refused("SLOTS", f"{', '.join(extra)}", "add them to [site] slots if the site wants to offer them")
     if (entry.n_decl, entry.held_out_decl) != (site.declared_capacity, site.declared_held_out):

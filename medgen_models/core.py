@@ -102,10 +102,10 @@ class _Layer(nn.Module):
         return out
 
     def _attend(self, qkv: Tensor, bias_G11M: Tensor) -> Tensor:
-        g, m, _ = qkv.shape
-        q, k, v = qkv.reshape(g, m, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        g, m, c = qkv.shape
+        q, k, v = qkv.reshape(g, m, 3, self.heads, c // (3 * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
         scores_GHMM = (q * q.shape[-1] ** -0.5) @ k.mT + bias_G11M
-        out: Tensor = (scores_GHMM.softmax(dim=-1) @ v).transpose(1, 2).reshape(g, m, -1)
+        out: Tensor = (scores_GHMM.softmax(dim=-1) @ v).transpose(1, 2).reshape(g, m, c // 3)
         return out
 
 
@@ -205,7 +205,7 @@ class TokenCore(nn.Module):
             gap_GI: hours between a reference and the instance it precedes.
 
         Returns:
-            x̂_GNW, 0 on padding; meaningless on tokens that are not noised.
+            x̂_GNW, 0 beyond each slot's width; meaningless on tokens that are not noised.
         """
         condition_GJE = self._condition(state_GI, time_GI, factor_GIF, gap_GI)
         present_GI = (state_GI != ABSENT).to(x_GNW.dtype)

@@ -266,7 +266,7 @@ def _one_way_shares(tables: Mapping[Query, F64], patients: float, anchors: Seque
 def project_to_simplex(values_L: F64) -> F64:
     """The nearest vector of shares that are not negative and sum to one (Duchi et al. (2008), fig. 1).
 
-    >>> project_to_simplex(np.array([0.9, 0.5, -2.0])).tolist()
+    >>> project_to_simplex(np.array([0.9, 0.5, -2.0])).round(6).tolist()
     [0.7, 0.3, 0.0]
     """
     falling = np.sort(values_L)[::-1]

@@ -156,8 +156,9 @@ class Ledger:
         held against the ceilings at face value; a plan with epsilon = infinity needs both ceilings at infinity.
 
         Raises:
-            Refused: ``NOT_CALIBRATED``, ``DELTA``, ``OVER_PLAN_CEILING``, ``OVER_LIFETIME_CEILING``, or
-                ``BUDGET_CONFLICT`` if this hash was reserved with other contents. Nothing is written then.
+            Refused: ``NOT_CALIBRATED``, ``DELTA``, ``OVER_PLAN_CEILING``, ``OVER_LIFETIME_CEILING``;
+                ``BUDGET_CONFLICT`` if this hash was reserved with other contents, ``NOT_APPROVED`` if it was closed.
+                Nothing is written then.
         """
         _need_digest("plan_hash", plan_hash)
         body = {
@@ -177,6 +178,8 @@ class Ledger:
         if (account := self._accounts.get(plan_hash)) is not None:
             if canonical(_known(account.reserve)) != canonical(body):
                 raise Refused("BUDGET_CONFLICT", "the same plan hash was reserved with another promise")
+            if account.closed:
+                raise Refused("NOT_APPROVED", "the plan was closed", "ask the coordinator for a new plan")
             return plan.epsilon
         epsilon = self._check(plan, ceilings, n_decl)
         order = self._order() or self._choose_order(plan, ceilings)

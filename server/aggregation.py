@@ -133,12 +133,19 @@ class Aggregator:
         codes: dict[str, str] = {}
         digest = task.digest()
         for site, reply in self._exchange.ask(dict.fromkeys(task.invited, task)).items():
-            wanted = {name: length for name, length in groups.items() if site in self._plan.cohort(name, task.invited)}
+            wanted = {
+                name: groups[name]
+                for name in self._plan.asked(task.stage, task.invited)
+                if self._sends(site, name, groups)
+            }
             if isinstance(reply, MaskedAnswer) and reply.task_digest == digest and self._fits(reply, wanted):
                 answers[site] = reply
             else:
                 codes[site] = _code(reply)
         return answers, codes
+
+    def _sends(self, site: str, name: str, groups: Mapping[str, int]) -> bool:
+        return name in groups and site in self._plan.owners(name)
 
     def _fits(self, answer: MaskedAnswer, wanted: Mapping[str, int]) -> bool:
         """Whether an answer holds exactly the groups, lengths and kinds of numbers that were asked for."""
@@ -192,13 +199,11 @@ class Aggregator:
 
     def _cohorts(self, task: RoundTask, groups: Mapping[str, int]) -> list[Cohort]:
         """Mask cohorts of a task, in the order of the groups' names; a cohort that began too small has none."""
-        found = []
-        for name in sorted(groups):
-            members = self._plan.cohort(name, task.invited)
-            smallest = self._plan.min_cohort(name)
-            if self._plan.exchange(name) == "masked" and len(members) >= smallest:
-                found.append(Cohort(task.digest(), name, members, smallest))
-        return found
+        return [
+            Cohort(task.digest(), name, self._plan.cohort(name, task.invited), self._plan.min_cohort(name))
+            for name in self._plan.asked(task.stage, task.invited)
+            if self._plan.exchange(name) == "masked" and name in groups
+        ]
 
     def _sum_plain(self, name: str, answers: Mapping[str, MaskedAnswer]) -> GroupSum:
         owners = tuple(site for site in self._plan.owners(name) if site in answers and name in answers[site].groups)

@@ -21,7 +21,10 @@ ABOUT: dict[str, tuple[Access, str]] = {
     "loss": ("final weights", "A low flow loss on fixed noise is taken for membership."),
     "loss-ratio": ("final weights", "How much better the final model fits a patient than the public model did."),
     "nearest-neighbour": ("cohort only", "Closeness to the nearest synthetic patient; a diagnostic, never a pass."),
-    "copies": ("cohort only", "A synthetic patient whose tokens equal a real one's within a thousandth of their spread."),
+    "copies": (
+        "cohort only",
+        "A synthetic patient whose tokens equal a real one's within a thousandth of their spread.",
+    ),
     "blind": ("no model", "A classifier that never saw model or cohort: it must fail, or the split is not fair."),
 }
 
@@ -69,10 +72,14 @@ def attack_cohort(session: Session, sites: Sequence[str], state: State, cohort: 
         sums = session.aggregator.run(ask, ready)
     except StudyError as error:
         session.events.write("audit-failed", reason=str(error))
-        return AuditResult((), None, (), 1, f"{len(able)} sites have a control group and {plan.min_cohort(AUDIT)} are needed")
+        return AuditResult(
+            (), None, (), 1, f"{len(able)} sites have a control group and {plan.min_cohort(AUDIT)} are needed"
+        )
     total = sums.groups[AUDIT]
     session.checkpoints.save(AUDIT, 0, {"audit": total.values}, {"sites": list(total.sites)})
-    session.events.write("round", stage=AUDIT, round=0, rounds=1, note=f"{len(total.sites)} sites attacked the candidate")
+    session.events.write(
+        "round", stage=AUDIT, round=0, rounds=1, note=f"{len(total.sites)} sites attacked the candidate"
+    )
     return decode(plan, total.values, total.sites, outcome)
 
 

@@ -31,7 +31,9 @@ def print_verification(folder: Path, key: Path) -> int:
         return 1
     manifest = bundle.read_manifest(folder)
     private = "private" if manifest.private else "NOT PRIVATE"
-    console.print(f"[bold green]OK[/] {len(manifest.files)} files, study {manifest.study}, verdict {manifest.verdict}, {private}")
+    console.print(
+        f"[bold green]OK[/] {len(manifest.files)} files, study {manifest.study}, verdict {manifest.verdict}, {private}"
+    )
     return 0
 
 
@@ -43,7 +45,9 @@ def print_report(run: Path, out: Path | None) -> int:
         source = run / "report.json"
     try:
         report = json.loads(source.read_text(encoding="utf-8"))
-        images = {f"figures/{path.name}": path.read_bytes() for path in sorted((source.parent / "figures").glob("*.png"))}
+        images = {
+            f"figures/{path.name}": path.read_bytes() for path in sorted((source.parent / "figures").glob("*.png"))
+        }
         verdict = report["verdict"]
         html = render_html(report, images)
     except (OSError, ValueError, KeyError) as error:

@@ -39,8 +39,6 @@ class Exchange:
         self._deadline_s = deadline_s
         self._events = events
         self._nodes: dict[str, int] = {}
-        self.bytes_out: dict[str, int] = {}
-        self.bytes_in: dict[str, int] = {}
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -90,13 +88,21 @@ class Exchange:
             node = message.metadata.src_node_id
             if node in bodies:
                 replies[node] = _read(message)
+        self._note_traffic(bodies, replies)
+        return replies
+
+    def _note_traffic(self, bodies: Mapping[int, bytes], replies: Mapping[int, Reply]) -> None:
+        """Write down what went in and what came out, by site and kind of message."""
         names = {node: site for site, node in self._nodes.items()}
         for node, body in bodies.items():
-            if site := names.get(node):
-                self.bytes_in[site] = self.bytes_in.get(site, 0) + len(body)
-                if node in replies:
-                    self.bytes_out[site] = self.bytes_out.get(site, 0) + len(to_bytes(replies[node]))
-        return replies
+            reply = replies.get(node)
+            self._events.write(
+                "crossed",
+                site=names.get(node, ""),
+                bytes_in=len(body),
+                bytes_out=len(to_bytes(reply)) if reply is not None else 0,
+                reply=type(reply).__name__ if reply is not None else "",
+            )
 
 
 def _read(message: Message) -> Reply:

@@ -15,11 +15,12 @@ from medgen_models.batches import batch_to_bytes
 from medgen_models.pretrain import CARD_FILE, WEIGHTS_FILE, PretrainConfig, PublicModel, pretrain
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.table_prior import choose_pairs, default_queries, encode_rows
-from privacy.boundary.plan import Part, RosterEntry
+from privacy.boundary.plan import Part
 from privacy.boundary.refusals import Refused
 from privacy.boundary.signing import sign_plan
 from privacy.identity import IdentityKey
 from server.checkpoints import write_atomically
+from server.enrolment import roster_of
 from server.events import EventLog
 from server.planning import PublicFacts, build_plan
 from server.runfolder import RunFolder
@@ -114,14 +115,12 @@ def plan_and_approve(
     """
     key = IdentityKey.load(folder.coordinator / COORDINATOR_KEY)
     sites = [path for path in sorted(sites_dir.iterdir()) if (path / "site.toml").is_file()]
-    roster = {}
     for site in sites:
         enrolment.make_keys(site)
         pin = site / "keys" / "coordinator.pub"
         pin.unlink(missing_ok=True)  # a simulated hospital meets a new coordinator with every run
         enrolment.pin_coordinator(site, key.public)
-        offer = {k: v for k, v in enrolment.request(site).items() if k in RosterEntry.model_fields or k == "site"}
-        roster[offer.pop("site")] = RosterEntry.model_validate({**offer, "slots": tuple(offer["slots"])})
+    roster = roster_of(enrolment.request(site) for site in sites)
     plan = build_plan(scenario.study, schema, _facts(scenario, schema, model, public, folder), roster, key.public)
     proposal = sign_plan(plan, key)
     for site in sites:

@@ -254,6 +254,11 @@ def uncovered(queries: Sequence[tuple[str, int, int]], policy: GatePolicy) -> Fi
 # --- G2 and G3: attacks -----------------------------------------------------------------------------------------------
 
 
+def joint_confidence(policy: GatePolicy, comparisons: int) -> float:
+    """Confidence of each of several statements that hold together at the policy's level (Bonferroni)."""
+    return 1 - (1 - policy.confidence) / max(1, comparisons)
+
+
 def refuted_promise(
     name: str, counts: ThresholdCounts | None, epsilon: float, delta: float, comparisons: int, policy: GatePolicy
 ) -> Finding:
@@ -271,7 +276,7 @@ def refuted_promise(
         return missing("G2 promise", name, f"attack {name} has no valid counts")
     if math.isinf(epsilon):
         return Finding("G2 promise", name, "HOLD", None, "There is no promise that an attack could refute.")
-    confidence = 1 - (1 - policy.confidence) / max(1, comparisons)
+    confidence = joint_confidence(policy, comparisons)
     bound = best_epsilon_lower_bound(counts, delta, confidence)
     tests = len(counts.thresholds)
     ceiling = power_ceiling(counts.trials_member, counts.trials_held_out, delta, confidence, tests)

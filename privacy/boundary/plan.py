@@ -303,6 +303,14 @@ class StudyPlan(_Public):
                 raise Refused("ROUND_NOT_IN_PLAN", f"stage {stage!r}")
         return tuple(name for name in sorted(names) if self.exchange(name) != "frozen")
 
+    def asked(self, stage: str, invited: tuple[str, ...]) -> tuple[str, ...]:
+        """The groups of a stage that these invited sites can send: plain ones, and masked ones with sites enough."""
+        return tuple(
+            name
+            for name in self.groups(stage)
+            if self.exchange(name) == "plain" or len(self.cohort(name, invited)) >= self.min_cohort(name)
+        )
+
     def weight(self, site: str) -> float:
         """The public weight of a site's updates in a mean: its declared capacity over the largest one declared."""
         return self.roster[site].n_decl / max(entry.n_decl for entry in self.roster.values())

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -25,7 +24,7 @@ from privacy.audit.tradeoff import tpr_cap, tpr_cap_gdp
 from server.release import marks
 from server.release.measures import Correlation, Marginal, Trace
 
-INK, COHORT, PUBLIC, LINE, WARN = "#1d2733", "#1b4b72", "#e0b37a", "#9aa5b1", "#a63d2f"
+INK, COHORT, PUBLIC, PUBLIC_LINE, LINE, WARN = "#1d2733", "#1b4b72", "#e0b37a", "#8a5a1c", "#9aa5b1", "#a63d2f"
 TILE_PX = 120
 Array = npt.NDArray[np.float32]
 
@@ -139,7 +138,7 @@ def roc(
         x = np.maximum(np.asarray(fpr, float), floor)
         y = np.maximum(np.asarray(tpr, float), floor)
         band_low, band_high = (np.maximum(np.asarray(edge, float), floor) for edge in (low, high))
-        axes.fill_between(x, band_low, band_high, color=COHORT, alpha=0.18, linewidth=0, label="95 % interval")
+        axes.fill_between(x, band_low, band_high, color=COHORT, alpha=0.18, linewidth=0, label="95% interval")
         axes.plot(x, y, color=COHORT, linewidth=1.8, marker="o", markersize=3.2, label="attack")
         for set_scale in (axes.set_xscale, axes.set_yscale):
             set_scale("log")
@@ -203,16 +202,23 @@ def _marginal(row: Marginal) -> bytes:
         places = np.arange(len(row.labels))
         axes.bar(places - 0.2, row.synthetic, width=0.4, color=COHORT, label="synthetic")
         axes.bar(places + 0.2, row.public, width=0.4, color=PUBLIC, hatch="////", edgecolor=INK, linewidth=0.5)
-        every = max(1, math.ceil(sum(len(label) + 2 for label in row.labels) / 34))
-        axes.set_xticks(places[::every], labels=[_short(label) for label in row.labels[::every]])
+        labels, every = _fitting(row.labels)
+        axes.set_xticks(places[::every], labels=labels[::every])
         axes.set_title(f"{row.column}{f' [{row.unit}]' if row.unit else ''}")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
         axes.tick_params(axis="x", length=0)
         return _svg(figure)
 
 
-def _short(label: str, limit: int = 12) -> str:
-    return label if len(label) <= limit else label[: limit - 1] + "…"
+def _fitting(labels: Sequence[str], room: int = 36) -> tuple[list[str], int]:
+    """Labels that stand side by side, and every how many of them is shown: words are cut, numbers are skipped."""
+    if sum(len(label) + 2 for label in labels) <= room:
+        return list(labels), 1
+    if any(label[:1].isdigit() or label[:1] in "-−<>≥≤" for label in labels):
+        longest = max(len(label) for label in labels)
+        return list(labels), math.ceil(len(labels) * (longest + 2) / room)
+    limit = max(3, room // len(labels) - 1)
+    return [label if len(label) <= limit else label[: limit - 1] + "…" for label in labels], 1
 
 
 def correlations(rows: Sequence[Correlation]) -> bytes:
@@ -226,6 +232,7 @@ def correlations(rows: Sequence[Correlation]) -> bytes:
         axes.set_yticks(range(len(rows)), labels=[f"{row.attribute}\n{row.column}" for row in rows], fontsize=8)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(-1, 1)
+        axes.set_xticks([-1, -0.5, 0, 0.5, 1])
         axes.set_xlabel("correlation")
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color="#e6e9ec", linewidth=0.6)
@@ -241,9 +248,12 @@ def traces(rows: Sequence[Trace]) -> list[bytes]:
 def _trace(row: Trace) -> bytes:
     with _drawing(3.2, 1.95) as figure:
         axes = figure.add_subplot()
-        _range(axes, row.hours, row.public_low, row.public_high, PUBLIC, "////")
-        _range(axes, row.hours, row.synthetic_low, row.synthetic_high, COHORT, None)
-        axes.plot(row.hours, _gaps(row.public_mean), color="#8a5a1c", linestyle="--", linewidth=1.6)
+        axes.fill_between(
+            row.hours, _gaps(row.synthetic_low), _gaps(row.synthetic_high), color=COHORT, alpha=0.16, linewidth=0
+        )
+        for edge in (row.public_low, row.public_high):
+            axes.plot(row.hours, _gaps(edge), color=PUBLIC_LINE, linestyle=":", linewidth=1.2)
+        axes.plot(row.hours, _gaps(row.public_mean), color=PUBLIC_LINE, linestyle="--", linewidth=1.6)
         axes.plot(row.hours, _gaps(row.synthetic_mean), color=COHORT, linewidth=1.8)
         axes.set_title(f"{row.channel}{f' [{row.unit}]' if row.unit else ''}")
         axes.set_xlabel("hours")
@@ -252,16 +262,3 @@ def _trace(row: Trace) -> bytes:
 
 def _gaps(values: Sequence[float | None]) -> npt.NDArray[np.float64]:
     return np.asarray([math.nan if value is None else value for value in values], np.float64)
-
-
-def _range(
-    axes: Axes,
-    hours: Sequence[float],
-    low: Sequence[float | None],
-    high: Sequence[float | None],
-    color: str,
-    hatch: str | None,
-) -> None:
-    axes.fill_between(
-        hours, _gaps(low), _gaps(high), facecolor=color, alpha=0.22, hatch=hatch, edgecolor=color, linewidth=0.0
-    )

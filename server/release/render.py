@@ -127,16 +127,16 @@ def percent(value: float | None, digits: int = 1) -> str:
     """A rate in percent.
 
     >>> percent(0.0123)
-    '1.2 %'
+    '1.2%'
     """
-    return "–" if value is None else f"{100 * float(value):.{digits}f} %"
+    return "–" if value is None else f"{100 * float(value):.{digits}f}%"
 
 
 def number(value: float | str | None, digits: int = 3) -> str:
     """A number with so many significant digits; whole numbers stay whole.
 
     >>> number(0.51234), number(12), number(None), number(1e-05)
-    ('0.512', '12', '–', '1e-05')
+    ('0.512', '12', '–', '1e-5')
     """
     if value is None:
         return "–"
@@ -145,7 +145,7 @@ def number(value: float | str | None, digits: int = 3) -> str:
     plain = float(value)
     if math.isinf(plain):
         return "∞"
-    return f"{plain:.{digits}g}"
+    return f"{plain:.{digits}g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
 def size(value: int) -> str:
@@ -163,7 +163,7 @@ def size(value: int) -> str:
 
 
 def _share_range(interval: Mapping[str, Any] | None) -> str:
-    """``1.2 % (0.0 % to 4.5 %)``."""
+    """``1.2% (0.0% to 4.5%)``."""
     if interval is None:
         return "–"
     return f"{percent(interval['estimate'])} ({percent(interval['low'])} to {percent(interval['high'])})"

@@ -26,7 +26,7 @@ from privacy.audit.bounds import (
     tpr_at_fpr,
     wilson,
 )
-from privacy.audit.gates import GatePolicy
+from privacy.audit.gates import GatePolicy, joint_confidence
 from privacy.audit.tradeoff import auc_cap_gdp, tpr_cap, tpr_cap_gdp
 from privacy.audit.validity import blind_auc
 from server.release.evidence import SCHEMA_VERSION, AttackCounts, Evidence, Promise
@@ -40,7 +40,8 @@ AUDIT_DELTA = 1e-5  # at which bounds are stated where nothing was promised
 def build_report(evidence: Evidence, policy: GatePolicy) -> dict[str, Any]:
     """Everything that the report says, as JSON values; infinite numbers are the word ``Infinity``."""
     verdict = decide(evidence, policy)
-    attacks = [_attack(attack, evidence.promise, policy) for attack in evidence.attacks if attack.kind != "copies"]
+    judged = [attack for attack in evidence.attacks if attack.kind != "copies"]
+    attacks = [_attack(attack, evidence.promise, len(judged), policy) for attack in judged]
     report: dict[str, Any] = _plain(
         {
             "schema_version": SCHEMA_VERSION,
@@ -107,22 +108,21 @@ def check_images(evidence: Evidence, images: Mapping[str, bytes]) -> None:
             raise ValueError(f"{name}: not the picture that the evidence announces; draw it again")
 
 
-def _attack(attack: AttackCounts, promise: Promise | None, policy: GatePolicy) -> dict[str, Any]:
-    """Statistics of one attack; ``valid`` is False, and there are no numbers, where its counts are no result."""
+def _attack(attack: AttackCounts, promise: Promise | None, judged: int, policy: GatePolicy) -> dict[str, Any]:
+    """Statistics of one of ``judged`` attacks; ``valid`` is False, without numbers, where its counts are no result."""
     counts = attack.counts
     if counts is None:
         return {"name": attack.name, "valid": False}
     delta = promise.delta if promise else AUDIT_DELTA
-    gaussian = best_gaussian_lower_bound(counts, delta, policy.confidence)
-    ceiling = power_ceiling(
-        counts.trials_member, counts.trials_held_out, delta, policy.confidence, len(counts.thresholds)
-    )
+    confidence = joint_confidence(policy, judged)
+    gaussian = best_gaussian_lower_bound(counts, delta, confidence)
+    ceiling = power_ceiling(counts.trials_member, counts.trials_held_out, delta, confidence, len(counts.thresholds))
     return {
         "name": attack.name,
         "valid": True,
         "auc": _interval(auc(counts, policy.confidence)),
         "tpr": [{"fpr": fpr, **(_interval(tpr_at_fpr(counts, fpr, policy.confidence)) or {})} for fpr in FPR_POINTS],
-        "epsilon_lower_bound": best_epsilon_lower_bound(counts, delta, policy.confidence),
+        "epsilon_lower_bound": best_epsilon_lower_bound(counts, delta, confidence),
         "power_ceiling": ceiling,
         "gaussian": dataclasses.asdict(gaussian),
         "roc": _roc(counts, policy),

@@ -105,4 +105,6 @@ def test_a_crash_while_storing_leaves_no_answer(tmp_path: Path, monkeypatch: pyt
         Outbox(tmp_path).put(TASK.digest(), b"answer")
     monkeypatch.undo()
     assert Outbox(tmp_path).get(TASK.digest()) is None
-    assert Outbox(tmp_path).left() == ()
+    assert len(Outbox(tmp_path).left()) == 1  # it may name what never left, never the reverse
+    Outbox(tmp_path).put(TASK.digest(), b"recomputed")
+    assert Outbox(tmp_path).get(TASK.digest()) == b"recomputed"

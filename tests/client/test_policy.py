@@ -47,7 +47,11 @@ def reserved(site: Path) -> int:
 def test_a_site_file_is_read_with_its_defaults(wall_site: Path) -> None:
     config = SiteConfig.load(wall_site)
     assert (config.site.name, config.site.slots, config.site.declared_capacity) == ("north", ("mri", "ehr"), 200)
-    assert (config.policy.min_contributors, config.policy.deterministic_noise, config.policy.bad_record) == (3, False, "null")
+    assert (config.policy.min_contributors, config.policy.deterministic_noise, config.policy.bad_record) == (
+        3,
+        False,
+        "null",
+    )
     assert config.ceilings.model_dump() == {"plan_epsilon": 8.0, "lifetime_epsilon": 16.0, "delta": 1e-5}
     assert config.data_root == wall_site / "data"
     assert config.folder == wall_site

@@ -134,7 +134,7 @@ def test_replace_one_costs_more_and_doubles_the_sensitivity_without_sampling() -
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(sigma=st.floats(0.7, 8.0), q=st.floats(0.01, 0.5), steps=st.integers(5, 400))
 def test_epsilon_is_monotone_and_below_renyi(sigma: float, q: float, steps: int) -> None:
     found = accounting.epsilon(gaussian_event(sigma, q, steps), 1e-5)

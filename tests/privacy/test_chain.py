@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,20 +90,17 @@ def test_changed_line_stops_reading_and_appending(tmp_path: Path, edit: str) -> 
     assert file.path.read_bytes() == before
 
 
-def append_ten(path: Path) -> None:
-    for n in range(10):
-        ChainFile(path).append("event", {"n": n})
-
-
 def test_processes_append_one_at_a_time(tmp_path: Path) -> None:
+    script = """
+import pathlib, sys
+from privacy.chain import ChainFile
+for n in range(10):
+    ChainFile(pathlib.Path(sys.argv[1])).append("event", {"n": n})
+"""
     path = tmp_path / "log.jsonl"
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=append_ten, args=(path,)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    command = [sys.executable, "-c", script, str(path)]
+    workers = [subprocess.Popen(command, cwd=Path(__file__).parents[2]) for _ in range(3)]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
     assert len(ChainFile(path).read()) == 30
 
 

@@ -114,7 +114,11 @@ def test_seeds_are_shared_by_their_pair_and_differ_everywhere_else() -> None:
         for group in ("trunk", "slot/mri"):
             one = cohort(NAMES[:3], group, task)
             assert pair_seed(PARTIES["a"], "b", one) == pair_seed(PARTIES["b"], "a", one)
-            seeds |= {pair_seed(PARTIES["a"], "b", one), pair_seed(PARTIES["a"], "c", one), self_seed(PARTIES["a"], one)}
+            seeds |= {
+                pair_seed(PARTIES["a"], "b", one),
+                pair_seed(PARTIES["a"], "c", one),
+                self_seed(PARTIES["a"], one),
+            }
             seeds |= {self_seed(PARTIES["b"], one)}
     assert len(seeds) == 2 * 2 * 4
     assert all(len(seed) == 32 for seed in seeds)
@@ -129,7 +133,10 @@ def test_the_self_seed_comes_back_after_a_crash() -> None:
 
 
 def run(
-    vectors: dict[str, Vector], groups: list[Cohort], survivors: tuple[str, ...], told: dict[str, tuple[str, ...]] | None = None
+    vectors: dict[str, Vector],
+    groups: list[Cohort],
+    survivors: tuple[str, ...],
+    told: dict[str, tuple[str, ...]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Mask everything, lose the sites outside ``survivors``, unmask, and return the sums that open."""
     masked = {
@@ -182,9 +189,12 @@ def test_the_coordinator_cannot_open_the_sum_of_two() -> None:
     with pytest.raises(Refused) as found:
         cohort(("a", "b"))
     assert code_of(found) == "COHORT_TOO_SMALL"
-    for survivors in ((), ("a",), ("a", "b"), ("a", "b", "h")):
+    for survivors in (("a",), ("a", "b"), ("a", "b", "h")):
         with pytest.raises(Refused) as found:
-            unmask_seeds(PARTIES["a"], [cohort()], survivors) if "a" in survivors else cohort().survivors(survivors)
+            unmask_seeds(PARTIES["a"], [cohort()], survivors)
+        assert code_of(found) == "COHORT_TOO_SMALL"
+        with pytest.raises(Refused) as found:
+            cohort().survivors(survivors)
         assert code_of(found) == "COHORT_TOO_SMALL"
     with pytest.raises(ValueError, match="smallest"):
         cohort(smallest=2)
@@ -209,7 +219,9 @@ def test_a_site_outside_survivors_or_cohort_reveals_nothing() -> None:
 @given(st.sets(st.sampled_from(NAMES[:6]), min_size=3))
 def test_never_both_seeds_of_one_site(survivors: set[str]) -> None:
     groups = [cohort(NAMES[:6]), cohort(NAMES[2:6], "slot/mri")]
-    seeds = open_reveals({name: unmask_seeds(PARTIES[name], groups, survivors) for name in survivors}, groups, survivors)
+    seeds = open_reveals(
+        {name: unmask_seeds(PARTIES[name], groups, survivors) for name in survivors}, groups, survivors
+    )
     for group in groups:
         own = {name.split(" of ")[1] for name in seeds if name.startswith(f"{group.group} self")}
         pairs = {name.split(" ")[2] for name in seeds if name.startswith(f"{group.group} pair")}
@@ -261,7 +273,9 @@ def test_a_replayed_round_does_not_cancel() -> None:
     first = cohort(NAMES[:3])
     vectors = {name: np.full(1000, 5, np.uint32) for name in survivors}
     masked = {name: mask(vectors[name], PARTIES[name], first if name == "a" else other) for name in survivors}
-    seeds = open_reveals({name: unmask_seeds(PARTIES[name], [other], survivors) for name in survivors}, [other], survivors)
+    seeds = open_reveals(
+        {name: unmask_seeds(PARTIES[name], [other], survivors) for name in survivors}, [other], survivors
+    )
     total = aggregate(masked, other, survivors, seeds, 1.0)
     assert np.abs(total - 15).min() > 0
     stale = {name: unmask_seeds(PARTIES[name], [first if name == "a" else other], survivors) for name in survivors}
@@ -303,7 +317,9 @@ def test_vectors_of_other_lengths_are_refused() -> None:
     survivors = NAMES[:3]
     group = cohort(survivors)
     masked = {name: mask(np.zeros(4 + (name == "b"), np.uint32), PARTIES[name], group) for name in survivors}
-    seeds = open_reveals({name: unmask_seeds(PARTIES[name], [group], survivors) for name in survivors}, [group], survivors)
+    seeds = open_reveals(
+        {name: unmask_seeds(PARTIES[name], [group], survivors) for name in survivors}, [group], survivors
+    )
     with pytest.raises(ValueError, match="length"):
         aggregate(masked, group, survivors, seeds, 1.0)
     with pytest.raises(Refused, match="missing"):

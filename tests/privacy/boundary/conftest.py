@@ -47,7 +47,9 @@ def wall_messages() -> tuple[Message, ...]:
         PlanProposal(b'{"study":"demo"}', b"\x01" * 64),
         RoundTask(d, "codec/mri", 3, 1, ("a", "b", "c"), (e,), arrays, b"\x02" * 64),
         UnmaskRequest(d, "core", 3, 1, e, ("a", "c"), b"\x03" * 64),
-        Capabilities("a", ("mri", "ehr"), 200, 20, 3, b"\x04" * 32, b"\x05" * 32, b"\x06" * 64, {"medgen": "0.1"}, "cpu"),
+        Capabilities(
+            "a", ("mri", "ehr"), 200, 20, 3, b"\x04" * 32, b"\x05" * 32, b"\x06" * 64, {"medgen": "0.1"}, "cpu"
+        ),
         PartsMissing((e,)),
         PartStored(d),
         Approval(d, "pending"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -69,12 +70,8 @@ def test_a_changed_byte_changes_the_hash_and_usually_does_not_parse(wall_plan: M
     place = data.draw(st.integers(0, len(text) - 1))
     text[place] ^= data.draw(st.integers(1, 127))
     assert plan_hash(bytes(text)) != plan.hash
-    try:
-        other = StudyPlan.from_bytes(bytes(text))
-    except Refused as refusal:
-        assert refusal.code == "BAD_PLAN"
-    else:
-        assert other != plan
+    with contextlib.suppress(Refused):
+        assert StudyPlan.from_bytes(bytes(text)) != plan
 
 
 @given(st.floats(1e-12, 1e12), st.floats(0, 1e6))

@@ -1,0 +1,312 @@
+"""From final weights to what people read: the cohort's files, the evidence, the verdict, the report, the bundle."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+from medgen_models.export import save_release_model
+from numpy.typing import NDArray
+
+from medgen_models.assembly import StudyModel
+from medgen_models.batches import batch_from_bytes
+from medgen_models.codecs.bank import CodecBank
+from medgen_models.schema import PatientBatch, Schema
+from medgen_models.table_prior import fit
+from privacy.audit.attacks import nearest_neighbour_score, token_distance
+from privacy.audit.gates import GatePolicy
+from privacy.audit.parts import split
+from privacy.audit.validity import planted_leak
+from privacy.boundary.refusals import REFUSAL_CODES
+from server.auditing import AuditResult
+from server.planning import AUDIT
+from server.release import bundle
+from server.release.cohort import sample_cohort
+from server.release.cohort_files import write_cohort
+from server.release.cohort_read import read_cohort
+from server.release.evidence import (
+    AttackCounts,
+    Cohort,
+    Crossing,
+    Evidence,
+    Group,
+    Promise,
+    PublicData,
+    SiteSpend,
+    StageSpend,
+    UncoveredQuery,
+    Validity,
+)
+from server.release.fidelity import measure
+from server.release.report import write_report
+from server.session import Session
+
+# The coordinator signs here; a second signature (the privacy officer's) belongs to a release, which is a person's act.
+POLICY = GatePolicy(required_signatures=1)
+PLANTED = 60
+Floats = NDArray[np.float64]
+
+CROSSINGS: Mapping[str, tuple[str, Literal["DP", "public", "not covered"]]] = {
+    "Capabilities": ("What the data manager typed in, and public keys.", "public"),
+    "Approval": ("Whether the plan of this hash was approved.", "public"),
+    "PartsMissing": ("Which public parts the site lacks.", "public"),
+    "PartStored": ("That a public part arrived.", "public"),
+    "MaskedAnswer": ("Masked sums of noised updates and statistics; once, masked audit counts (not covered).", "DP"),
+    "UnmaskAnswer": ("Seeds of one round that open the sum over all survivors.", "public"),
+    "Refusal": ("A code from the closed list.", "public"),
+}
+
+
+def outcome_of(schema: Schema) -> str:
+    """The outcome column of a study, or nothing."""
+    return next((column.name for column in schema.table_columns() if column.outcome), "")
+
+
+def sample(session: Session, model: StudyModel, counts: Mapping[tuple[int, ...], Floats] | None) -> PatientBatch:
+    """The candidate cohort: drawn once, written as files, and read back as everybody else will read it."""
+    schema, folder = session.schema, session.folder.cohort
+    if not (folder / "dataset_description.json").is_file():
+        session.events.write("phase", name="cohort")
+        partial = folder.with_name("cohort.part")
+        for leftover in (partial, folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+        table = fit(counts, _domain(session)) if counts is not None else None
+        drawn = sample_cohort(
+            model,
+            table,
+            patients=session.plan.release.patients,
+            steps=session.plan.release.steps,
+            guidance=session.plan.release.guidance,
+            bins=session.config.table.bins,
+            seed=session.config.seed,
+        )
+        write_cohort(drawn, schema, partial, version("medgen"), session.plan.study)
+        partial.rename(folder)
+    return read_cohort(folder, schema)
+
+
+def publish(session: Session, model: StudyModel, cohort: PatientBatch, audit: AuditResult, sites: Sequence[str]) -> str:
+    """Evidence, verdict, report and bundle; returns the verdict."""
+    session.events.write("phase", name="report")
+    schema, folder = session.schema, session.folder
+    reference = batch_from_bytes(folder.reference.read_bytes(), schema)
+    fidelity = measure(schema, model.public.bank, cohort, reference, session.config.seed)
+    evidence = Evidence(
+        study=session.plan.study,
+        created=session.plan.created,
+        plan_sha256=session.plan.hash,
+        promise=Promise.from_statement(session.dp.statement(), session.plan.deterministic),
+        cohort=_cohort(session, len(cohort)),
+        public=PublicData(name="public population of the scenario", overlap="generated"),
+        sites=_spend(session),
+        groups=_groups(session),
+        crossings=_crossings(session),
+        uncovered=(UncoveredQuery(query=AUDIT, asked=audit.asked, cap=session.plan.audit.cap, sites=audit.sites),)
+        if session.plan.audit.attacks
+        else (),
+        planned_attacks=tuple(a.name for a in session.plan.audit.attacks if a.name != "blind"),
+        attacks=tuple(attack for attack in audit.attacks if attack.name != "blind"),
+        validity=Validity(
+            split_overlap=0,
+            blind=next((attack for attack in audit.attacks if attack.name == "blind"), None),
+            planted=_planted(session, model.public.bank, reference, cohort),
+        ),
+        fidelity=fidelity.rows,
+        marginals=fidelity.marginals,
+        traces=fidelity.traces,
+        correlations=fidelity.correlations,
+        utility=(audit.utility,) if audit.utility is not None else (),
+        sheets=fidelity.sheets,
+        deviations=_deviations(session, audit, sites),
+        versions={name: version(name) for name in ("medgen", "torch", "flwr", "opacus", "dp-accounting")},
+    )
+    report = folder.report_json.parent
+    verdict = write_report(evidence, POLICY, fidelity.images, report)
+    if verdict.decision == "BLOCK":
+        shutil.rmtree(folder.bundle, ignore_errors=True)
+    else:
+        _bundle(session, model, verdict.decision, verdict.private)
+    return verdict.decision
+
+
+def _bundle(session: Session, model: StudyModel, verdict: Literal["RELEASE", "HOLD"], private: bool) -> None:
+    """Cohort, report and weights in one signed folder, which appears whole."""
+    folder = session.folder
+    partial = folder.bundle.with_name("bundle.part")
+    for leftover in (partial, folder.bundle):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(folder.cohort, partial / bundle.COHORT)
+    for path in (folder.report_json, folder.report_html):
+        shutil.copyfile(path, partial / path.name)
+    shutil.copytree(folder.report_json.parent / "figures", partial / "figures", dirs_exist_ok=True)
+    save_release_model(model, partial / "model", session.plan.hash, private)
+    plan = session.plan
+    bundle.build(partial, plan.study, plan.created, verdict, private, plan.hash, POLICY.required_signatures)
+    bundle.sign(partial, session.key)
+    partial.rename(folder.bundle)
+
+
+def _cohort(session: Session, patients: int) -> Cohort:
+    folder = session.folder.cohort
+    manifest, _ = split(folder)
+    slots = tuple(slot.name for slot in session.schema.slots if slot.kind != "text")
+    return Cohort(
+        patients=patients,
+        slots=slots,
+        files=len(manifest.files),
+        bytes=sum(entry.size for entry in manifest.files),
+        manifest_sha256=manifest.digest,
+        integrity_failures=tuple(text[:200] for text in bundle.unmarked(folder)),
+    )
+
+
+def _spend(session: Session) -> tuple[SiteSpend, ...]:
+    """Per site: rounds answered and spares that the coordinator saw used; the site's own ledger is the authority."""
+    traffic: dict[str, Counter[str]] = {site: Counter() for site in session.plan.roster}
+    refusals: dict[str, list[str]] = {site: [] for site in session.plan.roster}
+    for event in session.events.read():
+        if event["kind"] == "crossed" and event["site"] in traffic:
+            traffic[event["site"]].update({"in": event["bytes_in"], "out": event["bytes_out"]})
+        if event["kind"] in ("sits-out", "not-approved") and event["site"] in refusals:
+            refusals[event["site"]].append(event["code"])
+        if event["kind"] in ("answers", "discarded"):
+            for site, code in event["refused"].items():
+                refusals[site].append(code)
+    spend = []
+    for site, entry in session.plan.roster.items():
+        stages, rounds, head = [], {}, (None, None)
+        for stage in session.dp.stages:
+            done = [session.checkpoints.load(stage.name, n) for n in session.checkpoints.rounds(stage.name)]
+            mine = [c for c in done if any(site in members for members in c.facts["groups"].values())]
+            spares = sum(c.facts["attempts"] - 1 for c in mine)
+            stages.append(
+                StageSpend(
+                    stage=stage.name,
+                    planned=stage.rounds,
+                    answered=len(mine),
+                    spares=stage.spare_rounds,
+                    spares_used=min(spares, stage.spare_rounds),
+                )
+            )
+            rounds[stage.name] = len(mine) + spares
+            head = tuple(mine[-1].facts["heads"].get(site, head)) if mine else head
+        epsilon = session.dp.epsilon_after(rounds)
+        spend.append(
+            SiteSpend.model_validate(
+                {
+                    "site": site,
+                    "slots": entry.slots,
+                    "declared_capacity": entry.n_decl,
+                    "declared_held_out": entry.held_out_decl,
+                    "stages": tuple(stages),
+                    "epsilon_spent": epsilon,
+                    "ledger_seq": head[0],
+                    "ledger_head": head[1],
+                    "bytes_in": traffic[site]["in"],
+                    "bytes_out": traffic[site]["out"],
+                    "refusals": tuple(code for code in refusals[site] if code in REFUSAL_CODES),
+                }
+            )
+        )
+    return tuple(spend)
+
+
+def _groups(session: Session) -> tuple[Group, ...]:
+    """Every parameter group and statistic: masked, under local noise, or frozen, and why."""
+    plan = session.plan
+    names = {f"slot/{slot.name}" for slot in session.schema.slots if plan.training.group == "all"} | {"trunk"}
+    for stage in session.dp.stages:
+        names |= set(plan.groups(stage.name))
+    if plan.recentre is not None:
+        names |= {f"mean/{slot}" for slot in plan.recentre.slots}
+    if plan.codec is not None:
+        names |= {f"codec/{slot}" for slot in plan.codec.slots}
+    found = []
+    for name in sorted(names):
+        owners, how = plan.owners(name), plan.exchange(name)
+        match how:
+            case "masked":
+                status, reason = "masked", f"{len(owners)} sites own it; only their sum was opened."
+            case "plain":
+                status, reason = (
+                    "local noise",
+                    "Fewer than three owners, all of which agreed to send it under local noise.",
+                )
+            case "frozen":
+                status, reason = (
+                    "frozen",
+                    f"{len(owners)} owners are fewer than {plan.min_cohort(name)}: public weights kept.",
+                )
+        found.append(Group.model_validate({"group": name, "status": status, "sites": owners, "reason": reason}))
+    return tuple(found)
+
+
+def _crossings(session: Session) -> tuple[Crossing, ...]:
+    messages: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for event in session.events.read():
+        if event["kind"] == "crossed" and event["reply"]:
+            messages[event["reply"]] += 1
+            size[event["reply"]] += event["bytes_out"]
+    return tuple(
+        Crossing(message=kind, content=text, cover=cover, messages=messages[kind], bytes=size[kind])
+        for kind, (text, cover) in CROSSINGS.items()
+        if messages[kind]
+    )
+
+
+def _planted(session: Session, bank: CodecBank, reference: PatientBatch, cohort: PatientBatch) -> AttackCounts | None:
+    """Positive control on public patients: copies of some of them are planted in the cohort and must be found."""
+    plan = next((attack for attack in session.plan.audit.attacks if attack.name == "nearest-neighbour"), None)
+    if plan is None or len(reference) < 2 * PLANTED:
+        return None
+    rows = [bank.encode(batch).z_BVNW.flatten(1).double().numpy() for batch in (reference, cohort)]
+
+    def score(patients: Any, synthetic: Any) -> Floats:
+        with np.errstate(divide="ignore"):
+            return np.asarray(-np.log(-nearest_neighbour_score(token_distance(patients, synthetic))), np.float64)
+
+    rng = np.random.default_rng(session.config.seed)
+    counts = planted_leak(score, rows[0][:PLANTED], rows[0][PLANTED : 2 * PLANTED], rows[1], plan.thresholds, rng)
+    return AttackCounts(
+        name="planted leak",
+        access="cohort only",
+        thresholds=plan.thresholds,
+        hits_member=counts.hits_member,
+        hits_held_out=counts.hits_held_out,
+        trials_member=counts.trials_member,
+        trials_held_out=counts.trials_held_out,
+        about="Copies of public patients were planted; an attack that works finds them.",
+    )
+
+
+def _deviations(session: Session, audit: AuditResult, sites: Sequence[str]) -> tuple[str, ...]:
+    found = []
+    for site in sorted(set(session.plan.roster) - set(sites)):
+        found.append(f"Site {site} did not take part.")
+    if audit.problem:
+        found.append(f"The audit was not run: {audit.problem}.")
+    silent = [site for site in session.plan.roster if session.plan.roster[site].held_out_decl == 0]
+    if silent:
+        found.append(f"No held-out patients, and so no control for attacks, at: {', '.join(silent)}.")
+    discarded = sum(event["kind"] == "discarded" for event in session.events.read())
+    resumed = sum(event["kind"] == "resumed" for event in session.events.read())
+    if discarded:
+        found.append(f"{discarded} attempts were discarded because their sums could not be opened.")
+    if resumed:
+        found.append(
+            f"The study was interrupted and resumed {resumed} times; a site's own ledger shows the spares it used."
+        )
+    if session.plan.deterministic:
+        found.append("Deterministic test noise: nothing here is private.")
+    return tuple(found)
+
+
+def _domain(session: Session) -> tuple[int, ...]:
+    from medgen_models.table_prior import variables
+
+    return tuple(len(column.levels) for column in variables(session.schema, session.config.table.bins))
