@@ -23,15 +23,15 @@ from client.records.load import Records, load
 from client.sitemodel import model_of
 from medgen_models.adapters import group_of
 from medgen_models.assembly import StudyModel
-from medgen_models.flow import draw, make_unit_loss
+from medgen_models.flow import draw, make_unit_loss, make_units
 from medgen_models.schema import Schema
 from medgen_models.table_prior import encode_rows
 from medgen_models.tokens import TokenBatch
 from privacy.boundary.messages import RoundTask
 from privacy.boundary.plan import StudyPlan
 from privacy.boundary.refusals import Refused
-from privacy.chain import write_durably
-from privacy.gradients import Speed, UnitLoss
+from privacy.chain import canonical, write_durably
+from privacy.gradients import Speed, UnitLoss, probe
 from privacy.ledger import AccessToken, DpToken
 from privacy.marginals import bounded_mean_sum, noisy_marginals
 from privacy.noise import NoiseSource, system_noise, test_noise
@@ -39,6 +39,7 @@ from privacy.plan import QueryStage, TrainingStage
 from privacy.training import Prepare, train_round
 
 Vectors = dict[str, NDArray[np.float64]]
+PROBED = 3  # made-up patients on whom gradients are proved
 
 
 def compute(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken) -> tuple[Vectors, float]:
@@ -130,7 +131,10 @@ def _train_core(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpT
         noise_draws = draw(model.layout, part.present_BVI, part.visit_BV, flow, generator)
         return {**part.as_dict(), **noise_draws}
 
-    after = _train(config, plan, task, stage, params, make_unit_loss(model.core, flow), len(tokens), prepare, noise)
+    made_up = model.made_up_patients(PROBED, noise.torch_generator())
+    fakes = make_units(made_up, model.layout, flow, noise.torch_generator())
+    unit_loss = make_unit_loss(model.core, flow)
+    after = _train(config, plan, task, stage, params, unit_loss, len(tokens), prepare, noise, fakes, (model.core,))
     return changes(params, after, plan.weight(config.site.name), groups)
 
 
@@ -146,9 +150,10 @@ def _train_codecs(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: D
         return model.bank.vae_units(records.members.select(rows), slots, generator)
 
     unit_loss = model.bank.make_vae_loss(slots)
-    after = _train(
-        config, plan, task, _training(plan, "codec"), params, unit_loss, len(records.members), prepare, noise
-    )
+    stage, generator = _training(plan, "codec"), noise.torch_generator()
+    made_up = model.bank.decode_batch(model.made_up_patients(PROBED, generator), ("a", "b", "c"))
+    fakes = model.bank.vae_units(made_up, slots, generator)
+    after = _train(config, plan, task, stage, params, unit_loss, len(records.members), prepare, noise, fakes)
     return changes(params, after, plan.weight(config.site.name), groups)
 
 
@@ -179,10 +184,13 @@ def _train(
     patients: int,
     prepare: Prepare,
     noise: NoiseSource,
+    probe_units: Mapping[str, Tensor],
+    modules: tuple[torch.nn.Module, ...] = (),
 ) -> Mapping[str, Tensor]:
     """One round through the privacy room; the optimizer's state, made of noised numbers, stays on site between rounds."""
     if not params:
         return {}
+    prove(config, task, unit_loss, params, probe_units, modules)
     learning_rate = plan.codec.learning_rate if task.stage == "codec" and plan.codec else plan.training.learning_rate
     state = _state_path(config, task, task.round - 1)
     outcome = train_round(
@@ -200,6 +208,25 @@ def _train(
     body = save({name: value.contiguous() for name, value in outcome.optimizer_state.items()})
     write_durably(_state_path(config, task, task.round), bytes(body))
     return outcome.params
+
+
+def prove(
+    config: SiteConfig,
+    task: RoundTask,
+    unit_loss: UnitLoss,
+    params: Mapping[str, Tensor],
+    units: Mapping[str, Tensor],
+    modules: tuple[torch.nn.Module, ...],
+) -> None:
+    """Prove, once per plan and stage and before the first private step, that per-patient gradients are exact.
+
+    Raises:
+        GradientProbeError: they are not; no record is trained on.
+    """
+    mark = config.folder / "state" / task.plan_hash / f"{task.stage}-probe.json"
+    if not mark.is_file():
+        report = probe(unit_loss, dict(params), dict(units), modules)
+        write_durably(mark, canonical(dataclasses.asdict(report)).encode())
 
 
 def anneal(round: int, rounds: int) -> float:

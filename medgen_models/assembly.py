@@ -23,6 +23,7 @@ from medgen_models.core import TokenCore
 from medgen_models.layout import Layout
 from medgen_models.pretrain import PublicModel
 from medgen_models.schema import Schema
+from medgen_models.tokens import TokenBatch
 
 MEAN = "mean/"
 CODEC = "codec."
@@ -61,6 +62,17 @@ class StudyModel:
     def codec_weights(self, slots: tuple[str, ...]) -> dict[str, Tensor]:
         """The weights of the autoencoders of ``slots``."""
         return self.bank.vae_parameters(slots)
+
+    def made_up_patients(self, patients: int, generator: torch.Generator) -> TokenBatch:
+        """Random tokens of patients who have everything, but the first of whom lacks the first slot: nobody's records."""
+        empty = TokenBatch.empty(self.layout, patients)
+        present = torch.ones_like(empty.present_BVI)
+        present[0, :, list(self.layout.members(self.layout.slots[0]))] = len(self.layout.slots) == 1
+        weight = (self.layout.onehot_NI() @ present.float().mT).mT[..., None] * self.layout.valid_NW()
+        z = torch.randn(empty.z_BVNW.shape, generator=generator) * (weight > 0)
+        return dataclasses.replace(
+            empty, z_BVNW=z, weight_BVNW=weight, present_BVI=present, visit_BV=torch.ones_like(empty.visit_BV)
+        )
 
     def mean_length(self, slot: str) -> int:
         """Numbers of a slot in the recentring query: a mean token vector and a presence number."""

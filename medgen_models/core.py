@@ -210,12 +210,15 @@ class TokenCore(nn.Module):
         condition_GJE = self._condition(state_GI, time_GI, factor_GIF, gap_GI)
         present_GI = (state_GI != ABSENT).to(x_GNW.dtype)
         present_GN = present_GI @ self.onehot_NI.mT
-        h_GME = self._enter(x_GNW) * nn.functional.pad(present_GN, (1, 0), value=1.0)[..., None]
-        bias_G11M = ((nn.functional.pad(present_GN, (1, 0), value=1.0) - 1.0) * 1e4)[:, None, None, :]
+        skip_GN1, out_GN1, in_GN1 = preconditioning((time_GI @ self.onehot_NI.mT)[..., None])
+        attended_GM = nn.functional.pad(present_GN, (1, 0), value=1.0)
+        h_GME = self._enter(x_GNW * in_GN1) * attended_GM[..., None]
+        bias_G11M = ((attended_GM - 1.0) * 1e4)[:, None, None, :]
         for layer in self.trunk.layers:
             h_GME = layer(h_GME, condition_GJE, self.spread_MJ, bias_G11M)
         shift, scale = (self.spread_MJ @ self.trunk.modulate(condition_GJE)).chunk(2, dim=-1)
-        return self._leave((self.trunk.norm(h_GME) * (1.0 + scale) + shift)[:, 1:])
+        change_GNW = self._leave((self.trunk.norm(h_GME) * (1.0 + scale) + shift)[:, 1:])
+        return skip_GN1 * x_GNW + out_GN1 * change_GNW
 
     def _doors(self) -> list[tuple[_SlotDoor, slice, int, int]]:
         """Per slot: its door, its tokens, its token width, its number of instances."""
@@ -257,6 +260,17 @@ class TokenCore(nn.Module):
 def _linear(inputs: int, outputs: int) -> nn.Linear:
     """A Linear layer without initial values: PyTorch would draw them from the global generator."""
     return cast(nn.Linear, nn.utils.skip_init(nn.Linear, inputs, outputs))  # type: ignore[no-untyped-call]
+
+
+def preconditioning(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors (skip, out, in) of x̂ = skip x_t + out F(in x_t) for tokens of unit variance.
+
+    ``skip x_t`` is the best estimate of a standard normal number from x_t = (1 - t) x + t e alone, so the network F has
+    only to say what the *other* tokens add, and its target has unit variance at every t (Karras et al. (2022), eq. 7, for the
+    straight line).
+    """
+    variance = (1.0 - t).square() + t.square()
+    return (1.0 - t) / variance, t / variance.sqrt(), 1.0 / variance.sqrt()
 
 
 def _onehot(index: Tensor, levels: int) -> Tensor:

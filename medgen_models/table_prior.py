@@ -52,7 +52,7 @@ __all__ = [
 F64 = NDArray[np.float64]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TreeModel:
     """A distribution over rows: each column given its parent; a column without a parent on its own.
 

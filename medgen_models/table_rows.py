@@ -44,7 +44,7 @@ class Variable:
     levels: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class RowCodes:
     """Coded patients.
 

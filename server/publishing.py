@@ -9,14 +9,14 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
-from medgen_models.export import save_release_model
+import torch
 from numpy.typing import NDArray
 
 from medgen_models.assembly import StudyModel
 from medgen_models.batches import batch_from_bytes
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.schema import PatientBatch, Schema
-from medgen_models.table_prior import fit
+from medgen_models.table_prior import fit, public_positions, variables
 from privacy.audit.attacks import nearest_neighbour_score, token_distance
 from privacy.audit.gates import GatePolicy
 from privacy.audit.parts import split
@@ -25,7 +25,7 @@ from privacy.boundary.refusals import REFUSAL_CODES
 from server.auditing import AuditResult
 from server.planning import AUDIT
 from server.release import bundle
-from server.release.cohort import sample_cohort
+from server.release.cohort import rows_from_public, rows_from_tree, sample_cohort
 from server.release.cohort_files import write_cohort
 from server.release.cohort_read import read_cohort
 from server.release.evidence import (
@@ -74,19 +74,28 @@ def sample(session: Session, model: StudyModel, counts: Mapping[tuple[int, ...],
         partial = folder.with_name("cohort.part")
         for leftover in (partial, folder):
             shutil.rmtree(leftover, ignore_errors=True)
-        table = fit(counts, _domain(session)) if counts is not None else None
         drawn = sample_cohort(
             model,
-            table,
-            patients=session.plan.release.patients,
+            _rows(session, counts),
+            task="row" if counts is not None else "joint",
             steps=session.plan.release.steps,
             guidance=session.plan.release.guidance,
-            bins=session.config.table.bins,
-            seed=session.config.seed,
-        )
+            generator=torch.Generator().manual_seed(session.config.seed),
+        ).batch
         write_cohort(drawn, schema, partial, version("medgen"), session.plan.study)
         partial.rename(folder)
     return read_cohort(folder, schema)
+
+
+def _rows(session: Session, counts: Mapping[tuple[int, ...], Floats] | None) -> PatientBatch:
+    """Rows from the DP marginals; without them, patterns of presence of public patients for the core to fill."""
+    schema, bins, seed = session.schema, session.config.table.bins, session.config.seed
+    patients = session.plan.release.patients
+    public = batch_from_bytes(session.folder.reference.read_bytes(), schema)
+    if counts is None:
+        return rows_from_public(schema, public, patients, seed)
+    tree = fit(counts, [len(column.levels) for column in variables(schema, bins)])
+    return rows_from_tree(schema, tree, bins, patients, seed, public_positions(schema, public, bins))
 
 
 def publish(session: Session, model: StudyModel, cohort: PatientBatch, audit: AuditResult, sites: Sequence[str]) -> str:
@@ -143,6 +152,8 @@ def _bundle(session: Session, model: StudyModel, verdict: Literal["RELEASE", "HO
     for path in (folder.report_json, folder.report_html):
         shutil.copyfile(path, partial / path.name)
     shutil.copytree(folder.report_json.parent / "figures", partial / "figures", dirs_exist_ok=True)
+    from medgen_models.export import save_release_model
+
     save_release_model(model, partial / "model", session.plan.hash, private)
     plan = session.plan
     bundle.build(partial, plan.study, plan.created, verdict, private, plan.hash, POLICY.required_signatures)
@@ -304,9 +315,3 @@ def _deviations(session: Session, audit: AuditResult, sites: Sequence[str]) -> t
     if session.plan.deterministic:
         found.append("Deterministic test noise: nothing here is private.")
     return tuple(found)
-
-
-def _domain(session: Session) -> tuple[int, ...]:
-    from medgen_models.table_prior import variables
-
-    return tuple(len(column.levels) for column in variables(session.schema, session.config.table.bins))

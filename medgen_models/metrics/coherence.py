@@ -31,7 +31,7 @@ SHUFFLES = 5
 """Shufflings that the score of unrelated pairs is averaged over."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Coherence:
     """Synthetic correlations beside real ones.
 

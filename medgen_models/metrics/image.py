@@ -45,7 +45,7 @@ class Manifold:
     neighbours: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Features:
     """Features of images.
 

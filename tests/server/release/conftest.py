@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,15 @@ from server.release.measures import Correlation, FidelityRow, Marginal, Sheet, T
 
 SEQUENCES = ("T1w", "T1ce", "T2w", "FLAIR", "PD")
 PATHOLOGIES = ("healthy", "glioma")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: several threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,205 @@
+"""One evidence, one report: deterministic, self-contained, and complete on its first page."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from privacy.audit.gates import GatePolicy
+from server.release.evidence import AttackCounts, Evidence, Promise
+from server.release.figures import contact_sheet
+from server.release.render import render_html
+from server.release.report import build_report, report_bytes, write_report
+
+Case = tuple[Evidence, dict[str, bytes]]
+Make = Callable[..., Evidence]
+POLICY = GatePolicy()
+
+
+class Page(HTMLParser):
+    """What the tests look at in a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def html(evidence_with_images: Case) -> str:
+    evidence, images = evidence_with_images
+    return render_html(build_report(evidence, POLICY), images)
+
+
+def test_same_evidence_same_bytes(evidence_with_images: Case, tmp_path: Path) -> None:
+    evidence, images = evidence_with_images
+    for name in ("a", "b"):
+        write_report(evidence, POLICY, images, tmp_path / name)
+    for file in ("report.json", "report.html"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"report.json", "report.html", "figures"}
+
+
+def test_html_follows_from_the_json_file_alone(evidence_with_images: Case, html: str) -> None:
+    evidence, images = evidence_with_images
+    parsed = json.loads(report_bytes(build_report(evidence, POLICY)))
+    assert render_html(parsed, images) == html
+
+
+def test_nothing_is_fetched_and_nothing_runs(html: str) -> None:
+    page = Page(html)
+    assert page.open == []
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form")
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "srcset", "action", "xlink:href"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/", "#")), value
+    outside = re.sub(r"data:image/[a-z+]+;base64,[A-Za-z0-9+/=]+", "", html)
+    assert "http" not in outside
+    assert "url(" not in outside
+    assert "@import" not in outside
+
+
+def test_vector_figures_reach_for_nothing(evidence_with_images: Case, html: str) -> None:
+    import base64
+
+    for body in re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", html):
+        svg = base64.b64decode(body).decode()
+        for link in re.findall(r'(?:href|src)="([^"]*)"', svg):
+            assert link.startswith("#"), link
+
+
+def test_the_first_page_answers_the_four_questions(html: str) -> None:
+    front = html[: html.index('<section id="released">')]
+    for question in ("What was promised?", "What was spent?", "What did attacks find?", "May it leave?"):
+        assert question in front
+    assert "HOLD" in front
+    assert "ε 7.98 at δ 1e-5" in front
+    assert "ε 7.28 of 7.98" in front
+    assert "Not yet" in front
+
+
+def test_pictures_have_words(html: str) -> None:
+    images = [attributes for tag, attributes in Page(html).tags if tag == "img"]
+    assert len(images) > 15
+    assert all(attributes.get("alt") for attributes in images)
+
+
+def test_headings_do_not_skip(html: str) -> None:
+    levels = [int(tag[1]) for tag, _ in Page(html).tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_status_is_a_word_and_a_shape_not_a_colour(html: str) -> None:
+    badges = re.findall(r'<span class="badge [a-z]+">(.*?)</span>', html, flags=re.S)
+    assert badges
+    assert all("<svg" in badge and re.search(r"PASS|INFO|HOLD|BLOCK", badge) for badge in badges)
+
+
+def test_report_holds_the_intervals_and_the_ceiling(evidence_with_images: Case) -> None:
+    report = build_report(evidence_with_images[0], POLICY)
+    assert report["schema_version"] == "medgen.report/1"
+    loss = report["derived"]["attacks"][0]
+    assert [point["fpr"] for point in loss["tpr"]] == [0.01, 0.05, 0.1]
+    assert all(point["low"] <= point["estimate"] <= point["high"] for point in loss["tpr"])
+    assert loss["epsilon_lower_bound"] <= loss["power_ceiling"]
+    assert "Gaussian" in loss["gaussian"]["label"]
+    assert report["derived"]["caps"]["tpr"][0]["tpr"] == pytest.approx(0.256, abs=0.005)
+
+
+def test_a_study_without_privacy_says_so(evidence_factory: Make, promise_factory: Callable[..., Promise]) -> None:
+    report = build_report(evidence_factory(promise=promise_factory(math.inf)), POLICY)
+    text = Page(render_html(report, {})).text
+    assert "Nothing: not private" in text
+    assert "NOT PRIVATE" in text
+    assert report["derived"]["caps"] is None
+    json.loads(report_bytes(report))  # infinity is a word, not a bare constant
+
+
+def test_an_empty_study_renders_as_hold_everywhere() -> None:
+    report = build_report(Evidence(study="empty", created="2026-11-21"), POLICY)
+    text = Page(render_html(report, {})).text
+    assert report["verdict"]["decision"] == "HOLD"
+    assert "No attack was run" in text
+    assert "No valid result" in text
+    assert "RELEASE" not in text
+
+
+def test_an_attack_without_control_group_has_no_numbers(
+    evidence_factory: Make, attack_factory: Callable[..., AttackCounts]
+) -> None:
+    whole = attack_factory("flow loss", 0.0, 21, 1, 0, access="final weights")
+    empty = whole.model_copy(update={"trials_held_out": 0, "hits_held_out": (0,) * len(whole.thresholds)})
+    report = build_report(evidence_factory(attacks=(empty,)), POLICY)
+    assert report["derived"]["attacks"] == [{"name": "flow loss", "valid": False}]
+    assert "there is no control group" in Page(render_html(report, {})).text
+
+
+def test_only_announced_pictures_enter(evidence_with_images: Case, tmp_path: Path) -> None:
+    evidence, images = evidence_with_images
+    name = next(iter(images))
+    for wrong, message in (
+        ({**images, "figures/patient.png": b"x"}, "not announced"),
+        ({k: v for k, v in images.items() if k != name}, "not given"),
+        ({**images, name: images[name] + b"x"}, "not the picture"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_report(evidence, POLICY, wrong, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_contact_sheets_say_what_they_show() -> None:
+    rng = np.random.default_rng(0)
+    films, volumes = (
+        rng.uniform(-1, 1, (5, 8, 6)).astype(np.float32),
+        rng.uniform(-1, 1, (3, 4, 6, 8)).astype(np.float32),
+    )
+    for images in (films, volumes):
+        body = contact_sheet(images, "synthetic")
+        assert body == contact_sheet(images, "synthetic")
+        with Image.open(io.BytesIO(body)) as picture:
+            assert picture.info["synthetic"] == "yes"
+    with Image.open(io.BytesIO(contact_sheet(films, "public"))) as picture:
+        assert "synthetic" not in picture.info
+    assert hashlib.sha256(contact_sheet(films, "public")).digest() != hashlib.sha256(body).digest()
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet(films[:0], "synthetic")
+
+
+def test_an_axial_slice_shows_the_front_up() -> None:
+    volume = np.full((1, 8, 8, 8), -1.0, np.float32)
+    volume[0, :, 6:, :] = 1.0  # bright in front (the second axis points to anterior)
+    with Image.open(io.BytesIO(contact_sheet(volume, "public"))) as picture:
+        pixels = np.asarray(picture)
+    assert pixels[:10].mean() > 200
+    assert pixels[-10:].mean() < 50
