@@ -7,6 +7,8 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 export RAY_USAGE_STATS_ENABLED = 0
+# Idle threads sleep instead of spinning: two shared cores are the machine this is built for.
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: demo test lint types unit accept-path clean install
 

@@ -34,7 +34,9 @@ def print_check(folder: Path, schema_path: Path) -> int:
     console.print(f"[bold]{config.site.name}[/] · study schema {schema.name} · for this hospital only")
     _print_counts(console, report)
     _print_problems(console, report)
-    console.print("the site can take part" if report.usable else "[bold red]the site cannot take part[/]: no usable patient")
+    console.print(
+        "the site can take part" if report.usable else "[bold red]the site cannot take part[/]: no usable patient"
+    )
     return 0 if report.usable else 1
 
 
@@ -76,7 +78,9 @@ def print_ledger(folder: Path) -> None:
 
 
 def _print_plan(console: Console, plan: PlanSummary) -> None:
-    promise = "NOT PRIVATE" if not plan.private else f"epsilon {plan.epsilon:.3f} reserved, {plan.spent_epsilon:.3f} spent"
+    promise = (
+        "NOT PRIVATE" if not plan.private else f"epsilon {plan.epsilon:.3f} reserved, {plan.spent_epsilon:.3f} spent"
+    )
     state = "closed" if plan.closed else "open"
     console.print(f"\nplan {plan.plan_hash[:16]} · {promise} · delta {plan.delta:g} · N_decl {plan.n_decl} · {state}")
     table = Table("stage", "rounds", "spares", "begun", "finished", "spares used", "left", "epsilon alone")

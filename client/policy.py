@@ -99,12 +99,13 @@ class SpeedSection(_Frozen):
 
     Attributes:
         engine: per-patient gradients by whole-model vectorising, by a loop, or by Opacus hooks.
-        chunk: patients per physical batch. threads: CPU threads; 0: all of them.
+        chunk: patients per physical batch. threads: CPU threads; runs on other backends that set the same number are
+            bit-identical under the test switch.
     """
 
     engine: Literal["vmap", "loop", "hooks"] = "vmap"
     chunk: int = Field(default=16, ge=1)
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)
 
 
 class SiteConfig(_Frozen):

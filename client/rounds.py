@@ -44,7 +44,7 @@ PROBED = 3  # made-up patients on whom gradients are proved
 
 def compute(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken) -> tuple[Vectors, float]:
     """The site's numbers for one round, by group, and the grid step that they are to be rounded to."""
-    torch.set_num_threads(config.speed.threads or torch.get_num_threads())
+    torch.set_num_threads(config.speed.threads)
     noise = noise_for(config, plan, task)
     match task.stage:
         case "marginals":
@@ -201,7 +201,7 @@ def _train(
         stage=stage,
         n_decl=plan.roster[config.site.name].n_decl,
         learning_rate=learning_rate * anneal(task.round, stage.rounds),
-        speed=Speed(engine=config.speed.engine, chunk=config.speed.chunk, threads=config.speed.threads or 1),
+        speed=Speed(engine=config.speed.engine, chunk=config.speed.chunk, threads=config.speed.threads),
         noise=noise,
         optimizer_state=load_file(state) if state.is_file() else None,
     )

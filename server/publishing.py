@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from medgen_models.assembly import StudyModel
 from medgen_models.batches import batch_from_bytes
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.schema import PatientBatch, Schema
-from medgen_models.table_prior import fit, public_positions, variables
+from medgen_models.table_prior import count_tables, fit, variables
 from privacy.audit.attacks import nearest_neighbour_score, token_distance
 from privacy.audit.gates import GatePolicy
 from privacy.audit.parts import split
@@ -88,14 +89,16 @@ def sample(session: Session, model: StudyModel, counts: Mapping[tuple[int, ...],
 
 
 def _rows(session: Session, counts: Mapping[tuple[int, ...], Floats] | None) -> PatientBatch:
-    """Rows from the DP marginals; without them, patterns of presence of public patients for the core to fill."""
+    """Rows from the DP marginals, shrunk to public rows where noise hides them; else, for the core to fill, patterns of public patients."""
     schema, bins, seed = session.schema, session.config.table.bins, session.config.seed
     patients = session.plan.release.patients
     public = batch_from_bytes(session.folder.reference.read_bytes(), schema)
     if counts is None:
         return rows_from_public(schema, public, patients, seed)
-    tree = fit(counts, [len(column.levels) for column in variables(schema, bins)])
-    return rows_from_tree(schema, tree, bins, patients, seed, public_positions(schema, public, bins))
+    domain = [len(column.levels) for column in variables(schema, bins)]
+    known = load_file(session.folder.public_rows)
+    tree = fit(counts, domain, public=count_tables(known["codes"], domain, tuple(counts)))
+    return rows_from_tree(schema, tree, bins, patients, seed, known["positions"])
 
 
 def publish(session: Session, model: StudyModel, cohort: PatientBatch, audit: AuditResult, sites: Sequence[str]) -> str:

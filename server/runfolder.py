@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "reference.safetensors"
 
     @property
+    def public_rows(self) -> Path:
+        """Coded table rows of the public patients that were trained on, and where values lie inside bins."""
+        return self.path / "public-rows.safetensors"
+
+    @property
     def hospitals(self) -> Path:
         """Generated hospitals of a simulation."""
         return self.path / "hospitals"

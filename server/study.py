@@ -93,7 +93,7 @@ class TableConfig(_Public):
 
     prior: Literal["marginals", "core"] = "marginals"
     bins: int = Field(default=8, ge=2, le=64)
-    sigma: float = Field(default=2.5, gt=0)
+    sigma: float = Field(default=2.0, gt=0)
     pairs: int = Field(default=20, ge=0)
     spare_rounds: int = Field(default=1, ge=0)
 

@@ -27,6 +27,7 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 START_S = 60.0
 
@@ -76,9 +77,9 @@ def run(backend: Backend, run_dir: Path, sites_dir: Path, sites: int, finished: 
 
 def _inprocess(config: Mapping[str, str], sites: int) -> None:
     from flwr.app import Context, RecordDict
-    from server.app import app as server_app
 
     from client.app import app as client_app
+    from server.app import app as server_app
     from simulations.grid import InProcessGrid
 
     grid = InProcessGrid(client_app, sites, dict(config))

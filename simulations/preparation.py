@@ -9,12 +9,13 @@ from pathlib import Path
 
 import tomli_w
 import torch
+from safetensors.numpy import save
 
 from client import enrolment, policy
 from medgen_models.batches import batch_to_bytes
 from medgen_models.pretrain import CARD_FILE, WEIGHTS_FILE, PretrainConfig, PublicModel, pretrain
 from medgen_models.schema import PatientBatch, Schema
-from medgen_models.table_prior import choose_pairs, default_queries, encode_rows
+from medgen_models.table_prior import choose_pairs, default_queries, encode_rows, public_positions
 from privacy.boundary.plan import Part
 from privacy.boundary.refusals import Refused
 from privacy.boundary.signing import sign_plan
@@ -147,6 +148,8 @@ def _facts(
     marginals: tuple[tuple[int, ...], ...] = ()
     if rows is not None:
         pairs = choose_pairs(rows.codes_BC, rows.domain, study.table.pairs)
+        positions = public_positions(schema, public, study.table.bins)
+        write_atomically(folder.public_rows, save({"codes": rows.codes_BC, "positions": positions}))
         marginals = tuple(tuple(query) for query in default_queries(schema, rows.domain, pairs))
     return PublicFacts(
         parts=tuple(place),

@@ -133,7 +133,7 @@ def decision(findings: Sequence[Finding]) -> Decision:
 
 def missing(rule: Rule, subject: str, what: str) -> Finding:
     """Evidence that is not there: HOLD, whatever else was found."""
-    return Finding(rule, subject, "HOLD", None, f"Not measured: {what}. Missing evidence never counts as safe.")
+    return Finding(rule, subject, "HOLD", None, f"Not measured: {what}.")
 
 
 # --- G0 validity ------------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def _write_images(
             sidecar |= {"Modality": "DX", "HoursBefore": gap}
             films.append(
                 {
-                    "participant_id": place.patient,
+                    **_keys(schema, place.patient, visit),
                     "file": path.relative_to(place.root).as_posix(),
                     "role": instance.name or slot.name,
                     "hours_before": _round(gap, 2) if instance.role == "reference" else math.nan,

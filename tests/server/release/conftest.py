@@ -136,6 +136,7 @@ def make_batch(schema: Schema, patients: int, seed: int) -> PatientBatch:
             for c, column in enumerate(slot.columns):
                 if column.kind == "categorical":
                     values[..., c] = rng.integers(0, len(column.categories), size=shape[:2])
+            values[:, :, 3] = values[:, :1, 3]  # a patient has one pathology
             gaps = rng.random(shape) < 0.2
             gaps[..., 3] = False  # the factor column is known, so that images have their level
             values = np.where(gaps, np.nan, values)
