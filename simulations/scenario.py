@@ -18,7 +18,7 @@ HospitalsPreset = Literal["demo", "two-owners", "petmr", "icu"]
 
 
 class _Public(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class PublicConfig(_Public):
@@ -62,7 +62,7 @@ class Scenario(_Public):
     public: PublicConfig
     hospitals: HospitalsConfig
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="strings")
 
     def schema_of_study(self) -> Schema:
         """The public schema of the study."""

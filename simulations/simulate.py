@@ -67,7 +67,9 @@ def run_scenario(request: Request) -> int:
         _remove_records(folder.hospitals)
     console.print(f"verdict [bold]{last['verdict']}[/] · {time.monotonic() - started:.0f} s")
     console.print(f"report  {folder.report_html}")
-    console.print(f"bundle  {folder.bundle}")
+    if folder.bundle.is_dir():
+        console.print(f"bundle  {folder.bundle}")
+        console.print(f"verify  medgen release verify {folder.bundle} --key {folder.coordinator / 'identity.pub'}")
     return 0
 
 

@@ -202,23 +202,31 @@ def _marginal(row: Marginal) -> bytes:
         places = np.arange(len(row.labels))
         axes.bar(places - 0.2, row.synthetic, width=0.4, color=COHORT, label="synthetic")
         axes.bar(places + 0.2, row.public, width=0.4, color=PUBLIC, hatch="////", edgecolor=INK, linewidth=0.5)
-        labels, every = _fitting(row.labels)
-        axes.set_xticks(places[::every], labels=labels[::every])
+        shown = _fitting(row.labels)
+        axes.set_xticks([place for place, _ in shown], labels=[label for _, label in shown])
         axes.set_title(f"{row.column}{f' [{row.unit}]' if row.unit else ''}")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
         axes.tick_params(axis="x", length=0)
         return _svg(figure)
 
 
-def _fitting(labels: Sequence[str], room: int = 36) -> tuple[list[str], int]:
-    """Labels that stand side by side, and every how many of them is shown: words are cut, numbers are skipped."""
+def _fitting(labels: Sequence[str], room: int = 36) -> list[tuple[int, str]]:
+    """Places and labels that stand side by side without touching: words are cut, numbers are skipped.
+
+    A last group that is no number (missing values) keeps its label.
+    """
     if sum(len(label) + 2 for label in labels) <= room:
-        return list(labels), 1
-    if any(label[:1].isdigit() or label[:1] in "-−<>≥≤" for label in labels):
-        longest = max(len(label) for label in labels)
-        return list(labels), math.ceil(len(labels) * (longest + 2) / room)
-    limit = max(3, room // len(labels) - 1)
-    return [label if len(label) <= limit else label[: limit - 1] + "…" for label in labels], 1
+        return list(enumerate(labels))
+    numbers = [place for place, label in enumerate(labels) if label[:1].isdigit() or label[:1] in "-−<>≥≤"]
+    if not numbers:
+        limit = max(3, room // len(labels) - 1)
+        return [(i, label if len(label) <= limit else label[: limit - 1] + "…") for i, label in enumerate(labels)]
+    longest = max(len(label) for label in labels)
+    every = math.ceil(len(labels) * (longest + 2) / room)
+    shown = numbers[::every]
+    if numbers[-1] != len(labels) - 1:
+        shown = [place for place in shown if len(labels) - 1 - place >= every] + [len(labels) - 1]
+    return [(place, labels[place]) for place in shown]
 
 
 def correlations(rows: Sequence[Correlation]) -> bytes:

@@ -25,11 +25,11 @@ def test_overlap_is_counted_by_name_and_by_content() -> None:
 
 def test_blind_baseline_sees_a_shift_and_seldom_anything_else() -> None:
     alarms = 0
-    for seed in range(30):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
         same = validity.blind_auc(validity.blind_counts(rng.normal(size=(60, 6)), rng.normal(size=(40, 6)), rng))
         alarms += not same.low <= 0.5 <= same.high
-    assert alarms <= 5
+    assert alarms <= 4
     rng = np.random.default_rng(0)
     shifted = validity.blind_counts(rng.normal(size=(150, 6)) + 0.8, rng.normal(size=(100, 6)), rng)
     assert validity.blind_auc(shifted).low > 0.55
