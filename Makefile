@@ -37,7 +37,7 @@ unit: install
 	$(BIN)/pytest
 
 accept-path: install
-	$(BIN)/python tests/acceptance/path.py
+	$(BIN)/python tests/acceptance/path.py $(if $(LINES),--lines $(LINES))
 
 clean:
 	rm -rf runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,6 +7,7 @@ first byte leaves; whatever goes wrong is written to the site's own log and leav
 from __future__ import annotations
 
 import hashlib
+import os
 import traceback
 from importlib.metadata import version
 from pathlib import Path
@@ -160,10 +161,10 @@ class SiteAgent:
         return Party(config.site.name, key, {site: bytes.fromhex(e.masking_key) for site, e in plan.roster.items()})
 
     def _note(self, text: str) -> None:
-        """Write to the site's own log; it never leaves."""
-        path = self._folder / "agent.log"
-        with path.open("a", encoding="utf-8") as handle:
-            handle.write(f"{now_utc()} {text}\n")
+        """Write to the site's own log; it never leaves, and may name files, so nobody else may read it."""
+        handle = os.open(self._folder / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(handle, "a", encoding="utf-8") as log:
+            log.write(f"{now_utc()} {text}\n")
 
 
 def task_cohorts(plan: StudyPlan, stage: str, digest: str, invited: tuple[str, ...]) -> list[Cohort]:

@@ -37,6 +37,7 @@ from privacy.ledger import UncoveredToken
 
 Floats = NDArray[np.float64]
 COPY_TOLERANCE = 1e-3  # root mean square of token differences, in units of their public spread
+FEWEST_BLIND = 4
 SEED = 20210  # of the fixed noise: public, the same for every patient and site
 
 
@@ -85,7 +86,7 @@ def score_all(
     start = [_log_loss(fixed_losses(model.public.core, t, flow, draws, SEED), t) for t in before]
     distances = [_distance(t, synthetic) for t in tokens]
     nearest = [_log_distance(nearest_neighbour_score(d)) for d in distances]
-    blind = blind_scores(_flat(tokens[0]), _flat(tokens[1]), np.random.default_rng(SEED))
+    blind = _blind(_flat(tokens[0]), _flat(tokens[1]))
     return {
         "loss": _Sides(-final[0], -final[1]),
         "loss-ratio": _Sides(_minus(start[0], final[0]), _minus(start[1], final[1])),
@@ -158,6 +159,13 @@ def concordant_pairs(model: StudyModel, cohort: PatientBatch, held_out: PatientB
     rng = np.random.default_rng(SEED)
     first, second = chance[rng.choice(events, pairs)], chance[rng.choice(others, pairs)]
     return int((2 * (first > second).sum() + (first == second).sum()) // 2)
+
+
+def _blind(member: Floats, held_out: Floats) -> tuple[Floats, Floats]:
+    """Scores of a classifier that never saw the model; where a side is too small to fit one, nobody is a hit."""
+    if min(len(member), len(held_out)) < FEWEST_BLIND:
+        return np.full(len(member), np.nan), np.full(len(held_out), np.nan)
+    return blind_scores(member, held_out, np.random.default_rng(SEED))
 
 
 def _log_loss(losses: torch.Tensor, tokens: TokenBatch) -> Floats:

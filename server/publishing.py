@@ -278,11 +278,17 @@ def _planted(session: Session, bank: CodecBank, reference: PatientBatch, cohort:
     plan = next((attack for attack in session.plan.audit.attacks if attack.name == "nearest-neighbour"), None)
     if plan is None or len(reference) < 2 * PLANTED:
         return None
-    rows = [bank.encode(batch).z_BVNW.flatten(1).double().numpy() for batch in (reference, cohort)]
+    tokens = [bank.encode(batch) for batch in (reference, cohort)]
+    # One row per patient: the tokens, then which of them belong to something that is there.
+    rows = [
+        torch.cat([t.z_BVNW.flatten(1), (t.weight_BVNW > 0).flatten(1).float()], 1).double().numpy() for t in tokens
+    ]
 
     def score(patients: Any, synthetic: Any) -> Floats:
+        (real, known), (made, made_known) = (np.split(side, 2, axis=1) for side in (patients, synthetic))
         with np.errstate(divide="ignore"):
-            return np.asarray(-np.log(-nearest_neighbour_score(token_distance(patients, synthetic))), np.float64)
+            distance = nearest_neighbour_score(token_distance(real, made, known, made_known))
+            return np.asarray(-np.log(-distance), np.float64)
 
     rng = np.random.default_rng(session.config.seed)
     counts = planted_leak(score, rows[0][:PLANTED], rows[0][PLANTED : 2 * PLANTED], rows[1], plan.thresholds, rng)

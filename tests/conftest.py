@@ -11,7 +11,7 @@ import functools
 import hashlib
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def study_sites() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def study_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
+def study_base(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Hospitals and public model of the tiny study, made once; no plan yet."""
     import torch
 
@@ -269,7 +269,7 @@ def study_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
             preparation.public_model(
                 scenario, schema, study.root / "public", study.folder, EventLog(study.folder.events)
             )
-    yield study
+    return study
 
 
 def _copy(study: Study, root: Path) -> Study:

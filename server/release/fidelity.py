@@ -299,7 +299,7 @@ def _sheets(
         sheets.append(
             Sheet(
                 instance=key,
-                title=f"{key}: synthetic patients, and public phantoms beside them",
+                title=f"{key}: synthetic patients, and the public reference beside them",
                 unit=slot.unit,
                 synthetic=names["synthetic"],
                 synthetic_sha256=hashlib.sha256(bodies["synthetic"]).hexdigest(),

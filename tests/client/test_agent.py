@@ -75,9 +75,9 @@ def refused_tasks(study: Any) -> dict[str, tuple[str, Any]]:
         "unknown stage": ("ROUND_NOT_IN_PLAN", study.task("harvest")),
         "stage not in this plan": ("ROUND_NOT_IN_PLAN", study.task("codec")),
         "round after the last": ("ROUND_NOT_IN_PLAN", study.task(round=1)),
-        "parts missing": ("PARTS_MISSING", study.task(parts=("1" * 64,))),
-        "cohort of two": ("COHORT_TOO_SMALL", study.task(invited=(SITE, "birch-memory"))),
-        "cohort of one": ("COHORT_TOO_SMALL", study.task(invited=(SITE,))),
+        "parts missing": ("PARTS_MISSING", study.task(parts=("1" * 64,), attempt=1)),
+        "cohort of two": ("COHORT_TOO_SMALL", study.task(invited=(SITE, "birch-memory"), attempt=2)),
+        "cohort of one": ("COHORT_TOO_SMALL", study.task(invited=(SITE,), attempt=3)),
     }
 
 
@@ -88,7 +88,7 @@ def test_every_refusal_before_the_charge_has_its_code_and_is_free(study: Any) ->
         assert code(study.send(SITE, task)) == expected, name
     assert rows(study) == before
     assert study.ledger(SITE).spent_epsilon == 0.0
-    assert isinstance(study.send(SITE, study.task(attempt=1)), MaskedAnswer)  # the site is none the worse
+    assert isinstance(study.send(SITE, study.task(attempt=4)), MaskedAnswer)  # the site is none the worse
 
 
 def test_an_undelivered_model_is_missed_before_the_charge(study: Any) -> None:

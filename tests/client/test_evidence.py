@@ -1,0 +1,169 @@
+"""Attacks at a site: counts of public length over keyed samples, on the cohort's own files and on nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client import evidence
+from client.policy import SiteConfig
+from client.rounds import read_records
+from client.sitemodel import model_of
+from medgen_models.schema import PatientBatch
+from privacy.audit.parts import split
+from privacy.boundary.messages import MaskedAnswer, PartPut
+from server.auditing import vector_length
+
+SITE = "alder-university"
+
+
+@pytest.fixture(scope="module")
+def audited(study_finished: Any, study_copy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A copy of the finished study: its sites hold the model and the cohort that they attacked."""
+    return study_copy(study_finished, tmp_path_factory.mktemp("audited"))
+
+
+def cohort_parts(study: Any) -> dict[str, bytes]:
+    """The manifest first, then the cohort's parts."""
+    manifest, parts = split(study.folder.cohort)
+    head = manifest.to_bytes()
+    return {hashlib.sha256(head).hexdigest(): head} | dict(parts)
+
+
+def audit_task(study: Any, pieces: tuple[str, ...] | None = None, **fields: Any) -> Any:
+    public = tuple(part.digest for part in study.plan.public_model)
+    names = tuple(cohort_parts(study)) if pieces is None else pieces
+    final = {name: value for name, value in study.weights.items() if not name.startswith("average:")}
+    return study.task("audit", parts=public + names, arrays=final, **fields)
+
+
+@pytest.fixture(scope="module")
+def asked(audited: Any) -> dict[str, Any]:
+    """One audit at one site, by hand: plan, config, task, model, records, cohort and the vector that came out."""
+    config, task = SiteConfig.load(audited.site(SITE)), audit_task(audited, attempt=1)
+    with config.open_ledger() as ledger:
+        token = ledger.uncovered(task.plan_hash, "audit", audited.plan.audit.cap, task.digest())
+    model = model_of(config.folder, audited.plan, task)
+    return {
+        "config": config,
+        "task": task,
+        "model": model,
+        "records": read_records(config, audited.plan, model, token),
+        "cohort": evidence.read_cohort(config, audited.plan, task, model, token),
+        "vector": evidence.audit(config, audited.plan, task, token)["audit"],
+        "token": token,
+    }
+
+
+def test_the_vector_has_the_length_that_the_plan_says_and_holds_counts(audited: Any, asked: dict[str, Any]) -> None:
+    vector, plan = asked["vector"], audited.plan
+    assert vector.shape == (vector_length(plan),)
+    np.testing.assert_array_equal(vector, np.rint(vector))
+    start, trials = 0, plan.roster[SITE].held_out_decl
+    for attack in plan.audit.attacks:
+        size = len(attack.thresholds)
+        for side in (vector[start : start + size], vector[start + size : start + 2 * size]):
+            assert side.min() >= 0
+            assert side.max() <= trials
+            assert (np.diff(side) <= 0).all()  # a higher threshold is passed by fewer
+        start += 2 * size
+    assert 0 <= vector[start] <= plan.audit.pairs
+    assert start + 1 == vector.size
+
+
+def test_the_cohort_that_a_site_attacks_is_the_cohort_of_the_files(audited: Any, asked: dict[str, Any]) -> None:
+    from server.release.cohort_read import read_cohort
+
+    here, there = asked["cohort"], read_cohort(audited.folder.cohort, audited.schema)
+    assert len(here) == len(there) == audited.plan.release.patients
+    for key, values in there.values.items():
+        if audited.schema.slot(key.split(".")[0]).kind != "text":
+            np.testing.assert_array_equal(here.values[key].numpy(), values.numpy())
+    assert not list((audited.site(SITE) / "cache").glob("cohort-*"))  # the files are gone afterwards
+
+
+def test_samples_are_keyed_fixed_and_never_larger_than_asked(asked: dict[str, Any]) -> None:
+    config, members = asked["config"], asked["records"].members
+    first = evidence.sample(config, members, "audit", 3)
+    assert first.ids == evidence.sample(config, members, "audit", 3).ids
+    assert len(set(first.ids)) == 3
+    shuffled = members.select(list(range(len(members)))[::-1])
+    assert set(evidence.sample(config, shuffled, "audit", 3).ids) == set(first.ids)
+    assert set(evidence.sample(config, members, "audit", 2).ids) < set(first.ids)
+    assert len(evidence.sample(config, members, "audit", 10_000)) == len(members)
+    orders = {evidence.sample(config, members, purpose, 3).ids for purpose in ("a", "b", "c", "d", "e", "f")}
+    assert len(orders) > 1
+
+
+def test_members_and_held_out_patients_are_different_people(asked: dict[str, Any]) -> None:
+    records = asked["records"]
+    assert not set(records.members.ids) & set(records.held_out.ids)
+    assert len(records.held_out) == asked["config"].site.declared_held_out
+
+
+def test_a_planted_copy_is_found_and_a_null_patient_never_is(asked: dict[str, Any]) -> None:
+    model, records, schema = asked["model"], asked["records"], asked["model"].schema
+    null = PatientBatch.empty(schema, 2)
+    everyone = PatientBatch.concat([records.members, null])
+    scores = evidence.score_all(model, everyone, records.held_out, records.members.select([0, 1]), draws=1)
+    assert set(scores) == {"loss", "loss-ratio", "nearest-neighbour", "copies", "blind"}
+    copies = scores["copies"]
+    np.testing.assert_array_equal(copies.member[:2], [1.0, 1.0])
+    assert copies.held_out.max() == 0.0
+    assert np.isnan(scores["loss"].member[-2:]).all()
+    assert np.isfinite(scores["loss"].member[:-2]).all()
+    nearest = scores["nearest-neighbour"].member
+    assert nearest[:2].min() > nearest[2:-2].max()
+    assert not (copies.member[-2:] > 0.5).any()
+
+
+def test_without_both_outcomes_a_site_says_neither_way(asked: dict[str, Any]) -> None:
+    model, cohort, held_out = asked["model"], asked["cohort"], asked["records"].held_out
+    assert evidence.concordant_pairs(model, cohort, held_out.select([]), 10) == 5
+    assert evidence.concordant_pairs(model, cohort.select([]), held_out, 10) == 5
+    assert 0 <= evidence.concordant_pairs(model, cohort, asked["records"].members, 10) <= 10
+
+
+def test_the_agent_masks_the_counts_and_counts_the_query(audited: Any) -> None:
+    before = audited.ledger(SITE)
+    answer = audited.send(SITE, audit_task(audited, attempt=2))
+    assert isinstance(answer, MaskedAnswer)
+    assert set(answer.groups) == {"audit"}
+    assert str(answer.groups["audit"].dtype) == "uint32"
+    after = audited.ledger(SITE)
+    assert after.uncovered["audit"] == before.uncovered["audit"] + 1
+    assert after.spent_epsilon == before.spent_epsilon
+
+
+@pytest.mark.parametrize("damage", ["none named", "manifest is no manifest", "a part too few", "parts reordered"])
+def test_a_cohort_that_is_not_its_manifest_is_not_read(
+    audited: Any, asked: dict[str, Any], damage: str, tmp_path: Path
+) -> None:
+    from privacy.boundary.refusals import Refused
+
+    pieces = tuple(cohort_parts(audited))
+    match damage:
+        case "none named":
+            named, expected = (), "PARTS_MISSING"
+        case "manifest is no manifest":
+            named, expected = (pieces[1], *pieces[1:]), "BAD_MESSAGE"
+        case "a part too few":
+            named, expected = pieces[:-1], "BAD_MESSAGE"
+        case _:
+            extra = b"of another cohort"
+            digest = hashlib.sha256(extra).hexdigest()
+            audited.send(SITE, PartPut(digest, extra))
+            named, expected = (pieces[0], digest, *pieces[1:]), "BAD_MESSAGE"
+    task = dataclasses.replace(
+        asked["task"], parts=tuple(part.digest for part in audited.plan.public_model) + named, signature=b""
+    )
+    with pytest.raises(Refused) as found:
+        evidence.read_cohort(asked["config"], audited.plan, task, asked["model"], asked["token"])
+    assert found.value.code == expected
+    assert not list((audited.site(SITE) / "cache").glob("cohort-*"))
