@@ -1,7 +1,8 @@
 """Named parameter groups and low-rank adapters: which weights a study trains, and which group each belongs to.
 
 A group is what the coordinator averages over the sites that own it: ``trunk`` (all sites), ``slot/<slot>`` (sites with the
-slot), ``codec/<slot>`` (sites that train that autoencoder).
+slot), ``codec/<slot>`` (sites that train that autoencoder). Cores made here are frozen modules: gradients are taken of the
+weights that are passed to a loss, never of the module's own.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def with_weights(core: TokenCore, weights: dict[str, Tensor]) -> TokenCore:
             )
     out = TokenCore(core.layout, core.config, torch.Generator().manual_seed(0))
     out.load_state_dict(known | {name: value.detach().clone() for name, value in weights.items()})
-    return out
+    return out.requires_grad_(False)
 
 
 def add_lora(core: TokenCore, rank: int, generator: torch.Generator) -> TokenCore:
@@ -93,7 +94,7 @@ def add_lora(core: TokenCore, rank: int, generator: torch.Generator) -> TokenCor
     out = TokenCore(core.layout, dataclasses.replace(core.config, lora_rank=rank), generator)
     own = {name: value.detach() for name, value in core.named_parameters()}
     out.load_state_dict({name: own.get(name, value.detach()) for name, value in out.named_parameters()})
-    return out
+    return out.requires_grad_(False)
 
 
 def merge_lora(core: TokenCore) -> TokenCore:
@@ -104,4 +105,4 @@ def merge_lora(core: TokenCore) -> TokenCore:
         if isinstance(module, AdaptedLinear) and module.rank:
             weights[f"{name}.base.weight"] += module.scale * (module.lora_B @ module.lora_A).detach()
     out.load_state_dict(weights)
-    return out
+    return out.requires_grad_(False)

@@ -1,9 +1,10 @@
 """The core: one pre-norm transformer over all tokens of a visit, the denoiser for every task.
 
 Each instance has its own diffusion time and state; time, state, slot, factors and time gap give one conditioning vector
-per instance, which modulates its tokens (AdaLN-zero, Peebles and Xie (2023)). The vector is computed once per instance
-and spread over tokens by ``onehot @ vector``: indexing costs four times as much in the backward pass. Instances that are absent
-are masked from attention; a register token is always there, so that attention never runs over an empty set.
+per instance, which modulates its tokens (adaptive LayerNorm, Peebles and Xie (2023), with gates half open at the start).
+The vector is computed once per instance and spread over tokens by ``onehot @ vector``: indexing costs four times as much
+in the backward pass. Instances that are absent are masked from attention; a register token is always there, so that
+attention never runs over an empty set.
 
 Every layer is a Linear, a LayerNorm or a matrix product, nothing is in place and no layer sees two patients, so that
 per-patient gradients are exact under ``torch.func.vmap(torch.func.grad(...))``.
@@ -28,6 +29,7 @@ ABSENT, GIVEN, NOISED, REFERENCE = 0, 1, 2, 3
 STATES = 4
 _TIME_FEATURES = 32
 _GAP_FEATURES = 8
+_GATE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +186,11 @@ class TokenCore(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
-        """Weights of deviation 1/sqrt(inputs), embeddings .02, and zero where AdaLN-zero and adapters ask for it."""
+        """Weights of deviation 1/sqrt(inputs); modulations and adapters start at zero, gates at a half.
+
+        Positions are as large as contents, so that attention can tell tokens apart from the first step; with small
+        positions and closed gates the core takes several times as many steps to find any relation between tokens.
+        """
         for name, parameter in self.named_parameters():
             last = name.rsplit(".", 1)[-1]
             if "modulate." in name or ".leave." in name or last in ("bias", "lora_B"):
@@ -192,7 +198,12 @@ class TokenCore(nn.Module):
             elif (last == "weight" and not name.startswith("factor.")) or last == "lora_A":
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
             else:
-                parameter.normal_(0.0, 0.1, generator=generator)
+                spread = {"position": 1.0, "instance": 0.5}.get(last, 0.1)
+                parameter.normal_(0.0, spread, generator=generator)
+        for module in self.trunk.layers:
+            _, _, gate_a, _, _, gate_f = cast(_Layer, module).modulate.bias.chunk(6)
+            gate_a.fill_(_GATE)
+            gate_f.fill_(_GATE)
 
     def forward(self, x_GNW: Tensor, state_GI: Tensor, time_GI: Tensor, factor_GIF: Tensor, gap_GI: Tensor) -> Tensor:
         """Clean-token prediction.

@@ -101,9 +101,11 @@ class Aggregator:
         """
         groups = {name: length for name, length in ask.groups.items() if self._plan.exchange(name) != "frozen"}
         owners = {site for name in groups for site in self._plan.owners(name)}
-        attempt, invited = self._begin(ask, tuple(sorted(owners & set(sites))))
+        everyone = tuple(sorted(owners & set(sites)))
+        attempt, invited = self._begin(ask, everyone)
+        last = attempt + ask.max_attempts  # of this run of the coordinator; over all runs the ledgers are the limit
         refused: dict[str, str] = {}
-        while attempt < ask.max_attempts and invited:
+        while attempt < last and invited:
             task = sign_task(
                 RoundTask(self._plan.hash, ask.stage, ask.round, attempt, invited, ask.parts, ask.arrays), self._key
             )
@@ -122,6 +124,7 @@ class Aggregator:
             final = {site for site, code in codes.items() if code != "SITE_UNAVAILABLE"}
             attempt, invited = attempt + 1, tuple(site for site in left if site not in final)
             self._remember(ask, attempt, invited)
+        self._remember(ask, attempt, everyone)
         codes_seen = ", ".join(f"{site}: {code}" for site, code in sorted(refused.items())) or "none"
         raise StudyError(
             f"stage {ask.stage}, round {ask.round}: no group could be opened over enough sites (refusals: {codes_seen}); "
@@ -221,7 +224,7 @@ class Aggregator:
         if pointer.is_file():
             known = json.loads(pointer.read_text(encoding="utf-8"))
             invited = tuple(known["invited"])
-            if set(invited) <= set(sites):
+            if invited and set(invited) <= set(sites):
                 return int(known["attempt"]), invited
             self._remember(ask, int(known["attempt"]) + 1, sites)
             return int(known["attempt"]) + 1, sites

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,8 @@ def attack_cohort(session: Session, sites: Sequence[str], state: State, cohort: 
     needed = (*session.public_parts, *dict.fromkeys(pieces))
     stored = session.checkpoints.last(AUDIT)
     if stored is not None:
-        return decode(plan, stored.arrays["audit"].astype(np.float64), tuple(stored.facts["sites"]), outcome)
+        found = decode(plan, stored.arrays["audit"].astype(np.float64), tuple(stored.facts["sites"]), outcome)
+        return replace(found, asked=times_asked(session))
     session.events.write("stage", stage=AUDIT, rounds=1)
     ready = deliver(session, able, pieces)
     ask = Ask(AUDIT, 0, state, needed, {AUDIT: vector_length(plan)}, 1.0, plan.audit.cap)
@@ -73,15 +74,22 @@ def attack_cohort(session: Session, sites: Sequence[str], state: State, cohort: 
         sums = session.aggregator.run(ask, ready)
     except StudyError as error:
         session.events.write("audit-failed", reason=str(error))
-        return AuditResult(
-            (), None, (), 1, f"{len(able)} sites have a control group and {plan.min_cohort(AUDIT)} are needed"
-        )
+        problem = f"{len(able)} sites have a control group and {plan.min_cohort(AUDIT)} are needed"
+        return AuditResult((), None, (), times_asked(session), problem)
     total = sums.groups[AUDIT]
     session.checkpoints.save(AUDIT, 0, {"audit": total.values}, {"sites": list(total.sites)})
     session.events.write(
         "round", stage=AUDIT, round=0, rounds=1, note=f"{len(total.sites)} sites attacked the candidate"
     )
-    return decode(plan, total.values, total.sites, outcome)
+    return replace(decode(plan, total.values, total.sites, outcome), asked=times_asked(session))
+
+
+def times_asked(session: Session) -> int:
+    """How often any site was asked, interrupted attempts included; a site's own ledger counts what it answered."""
+    asked = {
+        event["attempt"] for event in session.events.read() if (event["kind"], event.get("stage")) == ("answers", AUDIT)
+    }
+    return min(len(asked), session.plan.audit.cap)
 
 
 def decode(plan: StudyPlan, values: np.ndarray, sites: tuple[str, ...], outcome: str) -> AuditResult:  # type: ignore[type-arg]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
@@ -182,6 +182,7 @@ def _spend(session: Session) -> tuple[SiteSpend, ...]:
     """Per site: rounds answered and spares that the coordinator saw used; the site's own ledger is the authority."""
     traffic: dict[str, Counter[str]] = {site: Counter() for site in session.plan.roster}
     refusals: dict[str, list[str]] = {site: [] for site in session.plan.roster}
+    begun: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)  # (site, stage) -> (round, attempt) answered
     for event in session.events.read():
         if event["kind"] == "crossed" and event["site"] in traffic:
             traffic[event["site"]].update({"in": event["bytes_in"], "out": event["bytes_out"]})
@@ -190,13 +191,17 @@ def _spend(session: Session) -> tuple[SiteSpend, ...]:
         if event["kind"] in ("answers", "discarded"):
             for site, code in event["refused"].items():
                 refusals[site].append(code)
+        if event["kind"] == "answers":
+            for site in event["sites"]:
+                begun[site, event["stage"]].add((event["round"], event["attempt"]))
     spend = []
     for site, entry in session.plan.roster.items():
         stages, rounds, head = [], {}, (None, None)
         for stage in session.dp.stages:
             done = [session.checkpoints.load(stage.name, n) for n in session.checkpoints.rounds(stage.name)]
             mine = [c for c in done if any(site in members for members in c.facts["groups"].values())]
-            spares = sum(c.facts["attempts"] - 1 for c in mine)
+            answered = begun[site, stage.name]
+            spares = len(answered) - len({number for number, _ in answered})
             stages.append(
                 StageSpend(
                     stage=stage.name,
@@ -206,7 +211,7 @@ def _spend(session: Session) -> tuple[SiteSpend, ...]:
                     spares_used=min(spares, stage.spare_rounds),
                 )
             )
-            rounds[stage.name] = len(mine) + spares
+            rounds[stage.name] = len(answered)
             head = tuple(mine[-1].facts["heads"].get(site, head)) if mine else head
         epsilon = session.dp.epsilon_after(rounds)
         spend.append(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from medgen_models.adapters import group_of
 from medgen_models.assembly import StudyModel, to_arrays
+from medgen_models.codecs.bank import PRESENCE
 from server.aggregation import Ask, GroupSum, RoundSums, StudyError
 from server.planning import CODEC, CORE, MARGINALS, RECENTRE
 from server.session import Session
@@ -53,9 +54,27 @@ def recentre(session: Session, sites: Sequence[str], model: StudyModel, state: S
     for name, total in stored.items():
         slot = name.removeprefix("mean/")
         patients = float(sum(session.plan.roster[site].n_decl for site in session.plan.owners(name) if site in sites))
-        shift = model.bank.shift_from_sum(torch.from_numpy(total).float(), (slot,), patients)
-        found[name] = shift[slot].numpy().astype(np.float32)
+        shift = model.bank.shift_from_sum(torch.from_numpy(total).float(), (slot,), patients)[slot].double().numpy()
+        count = float(np.clip(total[-1] / PRESENCE, max(0.05 * patients, 1.0), max(patients, 1.0)))
+        contributors = sum(site in sites for site in session.plan.owners(name))
+        noise_std = session.dp.query(RECENTRE).noise_std * contributors**0.5 / count
+        found[name] = shrink(shift, noise_std).astype(np.float32)
     return {**state, **found}
+
+
+def shrink(estimate: NDArray[np.float64], noise_std: float) -> NDArray[np.float64]:
+    """Positive-part James-Stein estimate of a mean seen through known Gaussian noise: post-processing, free.
+
+    Source: James and Stein (1961); Baranchik (1970) for the positive part.
+
+    >>> shrink(np.array([3.0, 4.0, 0.0]), 1.0)
+    array([2.88, 3.84, 0.  ])
+    >>> shrink(np.array([0.3, 0.4, 0.0]), 1.0)
+    array([0., 0., 0.])
+    """
+    length = float(estimate @ estimate)
+    factor = 1.0 - (estimate.size - 2) * noise_std**2 / length if length > 0 else 0.0
+    return estimate * min(1.0, max(0.0, factor))
 
 
 def codecs(session: Session, sites: Sequence[str], model: StudyModel, state: State) -> State:

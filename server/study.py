@@ -99,10 +99,10 @@ class TableConfig(_Public):
 
 
 class RecentreConfig(_Public):
-    """One DP query of the mean token vector per image slot; ``bound`` 0 takes twice the median public norm."""
+    """One DP query of the mean token vector per image slot; ``bound`` 0 takes the median public norm."""
 
     enabled: bool = True
-    sigma: float = Field(default=5.0, gt=0)
+    sigma: float = Field(default=3.0, gt=0)
     bound: float = Field(default=0.0, ge=0)
     spare_rounds: int = Field(default=1, ge=0)
 

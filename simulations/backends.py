@@ -90,7 +90,9 @@ def _ray(config: Mapping[str, str], sites: int, finished: Callable[[], bool]) ->
     with tempfile.TemporaryDirectory(prefix="medgen-flower-") as folder:
         home = Path(folder)
         bundle = _bundle(home / "app")
-        environment = {**os.environ, **QUIET, "FLWR_HOME": str(home / "flwr"), "TERM": "dumb"}
+        tools = str(Path(sys.executable).parent)  # Flower starts its own helpers by bare name
+        path = os.pathsep.join((tools, os.environ.get("PATH", "")))
+        environment = {**os.environ, **QUIET, "FLWR_HOME": str(home / "flwr"), "TERM": "dumb", "PATH": path}
         with _superlink(home, environment) as link:
             flags = " ".join(f'{key}="{value}"' for key, value in config.items())
             federation = f"num-supernodes={sites} client-resources-num-cpus=1"

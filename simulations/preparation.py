@@ -19,7 +19,7 @@ from medgen_models.table_prior import choose_pairs, default_queries, encode_rows
 from privacy.boundary.plan import Part
 from privacy.boundary.refusals import Refused
 from privacy.boundary.signing import sign_plan
-from privacy.identity import IdentityKey
+from privacy.identity import IdentityKey, SecretKey
 from server.checkpoints import write_atomically
 from server.enrolment import roster_of
 from server.events import EventLog
@@ -117,6 +117,8 @@ def plan_and_approve(
     key = IdentityKey.load(folder.coordinator / COORDINATOR_KEY)
     sites = [path for path in sorted(sites_dir.iterdir()) if (path / "site.toml").is_file()]
     for site in sites:
+        if scenario.study.execution.deterministic:
+            _fix_split(site)
         enrolment.make_keys(site)
         pin = site / "keys" / "coordinator.pub"
         pin.unlink(missing_ok=True)  # a simulated hospital meets a new coordinator with every run
@@ -133,6 +135,13 @@ def plan_and_approve(
             events.write("not-approved", site=site.name, code=refusal.code)
     write_atomically(folder.plan_signature, proposal.signature.hex().encode())
     write_atomically(folder.plan, proposal.plan)
+
+
+def _fix_split(site: Path) -> None:
+    """Under the test switch, the same patients are held out in every run; a real site's key comes from its system."""
+    path = site / "keys" / "split.key"
+    if not path.exists():
+        SecretKey(hashlib.sha256(b"test split " + site.name.encode()).digest()).save(path)
 
 
 def _facts(
@@ -155,7 +164,7 @@ def _facts(
         parts=tuple(place),
         core_clip=model.clip_norms[study.core.group],
         codec_clip=model.clip_norms.get("codec", 1.0),
-        recentre_bound=study.recentre.bound or 2.0 * model.recentre_norm,
+        recentre_bound=study.recentre.bound or model.recentre_norm,
         marginals=marginals,
     )
 

@@ -337,6 +337,7 @@ def study_known(study_plan: Callable[..., Study], tmp_path_factory: pytest.TempP
     return study_plan(
         tmp_path_factory.mktemp("known"),
         "study.execution.deterministic=true",
+        "study.table.spare_rounds=2",
         edit=lambda study: edit_sites(study, "deterministic_noise = false", "deterministic_noise = true"),
     )
 

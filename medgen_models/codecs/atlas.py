@@ -14,6 +14,9 @@ from torch import Tensor
 from medgen_models.codecs.base import dense_weight
 from medgen_models.schema import Slot
 
+_DEAD = 1e-4
+"""Deviation of a component that no public image uses; its weight in the loss is next to nothing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AtlasCodec:
@@ -53,9 +56,9 @@ class AtlasCodec:
         rank = min(slot.tokens * slot.width, len(public) - 1)
         variance, vectors = variance.flip(0)[:rank].clamp_min(1e-12), vectors.flip(1)[:, :rank]
         basis = torch.zeros(slot.tokens * slot.width, flat.shape[1])
-        scale = torch.ones(slot.tokens * slot.width)
+        scale = torch.full((slot.tokens * slot.width,), _DEAD)
         basis[:rank] = (vectors / variance.sqrt()).T.float() @ centred
-        scale[:rank] = (variance / len(public)).sqrt().float().clamp_min(1e-4)
+        scale[:rank] = (variance / len(public)).sqrt().float().clamp_min(_DEAD)
         return AtlasCodec(slot.shape, slot.tokens, slot.width, mean_P, basis, scale)
 
     @staticmethod
@@ -68,8 +71,9 @@ class AtlasCodec:
         return ((x.flatten(1) - self.mean_P) @ self.basis_RP.T / self.scale_R).reshape(-1, self.tokens, self.width)
 
     def weight(self, x: Tensor) -> Tensor:
-        """1 everywhere."""
-        return dense_weight(x, self.tokens, self.width)
+        """Each component's share of the mean deviation: the loss cares for anatomy before it cares for noise."""
+        share = (self.scale_R / self.scale_R.mean()).reshape(self.tokens, self.width)
+        return share * dense_weight(x, self.tokens, self.width)
 
     def decode(self, z_BTW: Tensor) -> Tensor:
         """(B, T, W) to (B, *shape)."""

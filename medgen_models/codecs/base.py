@@ -30,7 +30,7 @@ class Codec(Protocol):
         ...
 
     def weight(self, x: Tensor) -> Tensor:
-        """(B, *raw) to (B, T, W): 1 on recorded numbers, 0 on padding and on values that are missing."""
+        """(B, *raw) to (B, T, W): importance in the loss (public, mean about 1), 0 on padding and on missing values."""
         ...
 
     def decode(self, z_BTW: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Codec(Protocol):
 
 
 def dense_weight(x: Tensor, tokens: int, width: int) -> Tensor:
-    """Weight 1 everywhere: images have no missing part."""
+    """1 everywhere: images have no missing part."""
     return torch.ones(x.shape[0], tokens, width, device=x.device)
 
 

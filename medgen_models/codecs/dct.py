@@ -85,8 +85,8 @@ class DctCodec:
         return self._blocks(x) @ block_basis(len(self.shape)).T / self.scale_W
 
     def weight(self, x: Tensor) -> Tensor:
-        """1 everywhere."""
-        return dense_weight(x, self.tokens, self.width)
+        """Each coefficient's share of the mean deviation: the loss cares for anatomy before it cares for noise."""
+        return (self.scale_W / self.scale_W.mean()) * dense_weight(x, self.tokens, self.width)
 
     def decode(self, z_BTW: Tensor) -> Tensor:
         """(B, T, W) to (B, *shape): the least-squares image."""

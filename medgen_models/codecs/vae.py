@@ -181,6 +181,7 @@ class VaeCodec:
             optimizer.step()
         with torch.no_grad():
             spread = net.posterior(x_BD)[0].std(dim=0).clamp_min(0.05)
+        net.requires_grad_(False)
         return dataclasses.replace(codec, scale_R=spread)
 
     @staticmethod
@@ -195,6 +196,7 @@ class VaeCodec:
         table = TableCodec.from_tensors(slot, tensors) if slot.kind == "table" else None
         codec = VaeCodec._build(slot, table, torch.Generator().manual_seed(0))
         codec.net.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("net.")})
+        codec.net.requires_grad_(False)
         return dataclasses.replace(codec, scale_R=tensors["scale"])
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,9 @@ def test_adapters_start_as_nothing_and_merge_exactly(models_core: TokenCore, mod
     moved = {name: value + 0.1 for name, value in trainable(adapted, "lora").items()}
     changed = with_weights(adapted, moved)
     assert not torch.allclose(_run(changed, models_layout), _run(models_core, models_layout))
-    torch.testing.assert_close(_run(merge_lora(changed), models_layout), _run(changed, models_layout), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        _run(merge_lora(changed), models_layout), _run(changed, models_layout), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_trained_groups_are_named(models_core: TokenCore) -> None:

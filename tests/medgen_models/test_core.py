@@ -15,7 +15,13 @@ def _inputs(layout: Layout, g: int, seed: int = 0) -> tuple[Tensor, Tensor, Tens
     state = torch.randint(0, 4, (g, layout.instances), generator=r)
     time = torch.rand(g, layout.instances, generator=r) * (state == NOISED)
     factor = torch.randint(0, 3, (g, layout.instances, len(layout.factors)), generator=r)
-    return torch.randn(g, layout.tokens, layout.width, generator=r), state, time, factor, torch.full((g, layout.instances), 12.0)
+    return (
+        torch.randn(g, layout.tokens, layout.width, generator=r),
+        state,
+        time,
+        factor,
+        torch.full((g, layout.instances), 12.0),
+    )
 
 
 def test_output_is_zero_at_the_start_and_beyond_a_slots_width(models_layout: Layout, models_core: TokenCore) -> None:
@@ -28,7 +34,10 @@ def test_output_is_zero_at_the_start_and_beyond_a_slots_width(models_layout: Lay
 
 def test_same_generator_same_weights_and_global_stream_untouched(models_layout: Layout) -> None:
     before = torch.get_rng_state()
-    one, two = (TokenCore(models_layout, CoreConfig(width=16, layers=1, heads=2), torch.Generator().manual_seed(5)) for _ in range(2))
+    one, two = (
+        TokenCore(models_layout, CoreConfig(width=16, layers=1, heads=2), torch.Generator().manual_seed(5))
+        for _ in range(2)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -40,7 +49,9 @@ def test_absent_instances_influence_nothing(models_layout: Layout, models_core: 
     other = x.clone()
     other[:, models_layout.span(5)] = 7.0
     here = models_layout.span(2)
-    torch.testing.assert_close(models_core(x, state, time, factor, gap)[:, here], models_core(other, state, time, factor, gap)[:, here])
+    torch.testing.assert_close(
+        models_core(x, state, time, factor, gap)[:, here], models_core(other, state, time, factor, gap)[:, here]
+    )
 
 
 def test_given_instances_influence_targets(models_layout: Layout, models_core: TokenCore) -> None:
@@ -49,7 +60,9 @@ def test_given_instances_influence_targets(models_layout: Layout, models_core: T
     other = x.clone()
     other[:, models_layout.span(5)] += 1.0
     here = models_layout.span(2)
-    assert not torch.allclose(models_core(x, state, time, factor, gap)[:, here], models_core(other, state, time, factor, gap)[:, here])
+    assert not torch.allclose(
+        models_core(x, state, time, factor, gap)[:, here], models_core(other, state, time, factor, gap)[:, here]
+    )
 
 
 def test_every_instance_has_its_own_time_and_factors(models_layout: Layout, models_core: TokenCore) -> None:

@@ -80,7 +80,9 @@ def test_shares_and_times_follow_the_configuration(models_layout: Layout) -> Non
     assert float(together) == pytest.approx(config.same_time, abs=0.03)
 
 
-def test_what_is_absent_stays_absent_and_every_patient_with_records_has_a_target(models_layout: Layout, tokens: TokenBatch) -> None:
+def test_what_is_absent_stays_absent_and_every_patient_with_records_has_a_target(
+    models_layout: Layout, tokens: TokenBatch
+) -> None:
     units = make_units(tokens, models_layout, FlowConfig(draws=3), torch.Generator().manual_seed(2))
     absent = ~tokens.present_BVI[:, None].expand(units["state"].shape)
     assert bool((units["state"][absent] == ABSENT).all())
@@ -138,12 +140,16 @@ def test_null_patient_has_zero_loss_and_zero_gradient(models_layout: Layout, mod
 
 
 def test_no_patients_no_losses(models_layout: Layout, models_core: TokenCore) -> None:
-    units = make_units(TokenBatch.empty(models_layout, 0), models_layout, FlowConfig(), torch.Generator().manual_seed(7))
+    units = make_units(
+        TokenBatch.empty(models_layout, 0), models_layout, FlowConfig(), torch.Generator().manual_seed(7)
+    )
     assert patient_losses(models_core, units, models_core.onehot_NI).shape == (0,)
     assert fixed_losses(models_core, TokenBatch.empty(models_layout, 0), FlowConfig(), 2, 0).shape == (0,)
 
 
-def test_some_parameters_may_stay_at_the_modules_values(models_layout: Layout, models_core: TokenCore, tokens: TokenBatch) -> None:
+def test_some_parameters_may_stay_at_the_modules_values(
+    models_layout: Layout, models_core: TokenCore, tokens: TokenBatch
+) -> None:
     config = FlowConfig()
     units = make_units(tokens.select([0]), models_layout, config, torch.Generator().manual_seed(8))
     unit = {name: value[0] for name, value in units.items()}
@@ -222,7 +228,13 @@ def test_guidance_per_factor(models_layout: Layout, tokens: TokenBatch) -> None:
     part = dataclasses.replace(tokens.select([0]), factor_BVIF=torch.ones_like(tokens.factor_BVIF[:1]))
     states = states_for("joint", models_layout, torch.ones_like(part.present_BVI))
     z = sample(
-        core, models_layout, part, states, generator=torch.Generator().manual_seed(0), steps=4, factor_guidance={"kind": 3.0}
+        core,
+        models_layout,
+        part,
+        states,
+        generator=torch.Generator().manual_seed(0),
+        steps=4,
+        factor_guidance={"kind": 3.0},
     )
     torch.testing.assert_close(z[:, :, 0, :64], torch.full((1, 2, 64), 13.0))
     with pytest.raises(ValueError, match="unknown factor"):

@@ -7,7 +7,9 @@ from medgen_models.codecs.bank import PRESENCE, CodecBank
 from medgen_models.schema import PatientBatch, Schema
 
 
-def test_tokens_are_zero_and_weightless_where_nothing_is_recorded(models_bank: CodecBank, models_public: PatientBatch) -> None:
+def test_tokens_are_zero_and_weightless_where_nothing_is_recorded(
+    models_bank: CodecBank, models_public: PatientBatch
+) -> None:
     tokens = models_bank.encode(models_public)
     here = (models_public.present_BVI.float() @ models_bank.layout.onehot_NI().T).bool()
     assert float(tokens.z_BVNW[~here].abs().max()) == 0.0
@@ -32,24 +34,36 @@ def test_decode_restores_tables_series_and_texts_and_leaves_absent_empty(
     back = models_bank.decode_batch(tokens, models_public.ids)
     for key in ("ehr", "vitals", "note"):
         here = models_public.present_BVI[:, :, models_bank.layout.place(key)]
-        torch.testing.assert_close(back.values[key][here], models_public.values[key][here], equal_nan=True, atol=2e-3, rtol=0)
+        torch.testing.assert_close(
+            back.values[key][here], models_public.values[key][here], equal_nan=True, atol=2e-3, rtol=0
+        )
     gone = ~models_public.present_BVI[:, :, models_bank.layout.place("scan.a")]
     assert float(back.values["scan.a"][gone].abs().max()) == 0.0
-    assert bool(torch.isnan(back.values["ehr"][~models_public.present_BVI[:, :, models_bank.layout.place("ehr")]]).all())
+    assert bool(
+        torch.isnan(back.values["ehr"][~models_public.present_BVI[:, :, models_bank.layout.place("ehr")]]).all()
+    )
 
 
 def test_empty_and_null_batches(models_bank: CodecBank, models_schema: Schema) -> None:
     assert len(models_bank.encode(PatientBatch.empty(models_schema, 0))) == 0
     null = models_bank.encode(PatientBatch.empty(models_schema, 1))
     assert float(null.z_BVNW.abs().max()) == 0.0
-    assert models_bank.decode(models_bank.encode(PatientBatch.empty(models_schema, 0)).z_BVNW)["film.now"].shape == (0, 2, 8, 8)
+    assert models_bank.decode(models_bank.encode(PatientBatch.empty(models_schema, 0)).z_BVNW)["film.now"].shape == (
+        0,
+        2,
+        8,
+        8,
+    )
 
 
 def test_recentring_moves_encode_and_decode_together(models_bank: CodecBank, models_public: PatientBatch) -> None:
     moved = models_bank.recentre({"film": torch.arange(8.0) / 10, "scan.a": torch.ones(64)})
     before, after = models_bank.encode(models_public), moved.encode(models_public)
     layout = models_bank.layout
-    for key, shift in (("film.now", torch.arange(8.0).reshape(2, 4) / 10), ("film.before", torch.arange(8.0).reshape(2, 4) / 10)):
+    for key, shift in (
+        ("film.now", torch.arange(8.0).reshape(2, 4) / 10),
+        ("film.before", torch.arange(8.0).reshape(2, 4) / 10),
+    ):
         i = layout.place(key)
         here = before.present_BVI[:, :, i]
         part = (slice(None), slice(None), layout.span(i), slice(0, 4))
@@ -69,7 +83,12 @@ def test_noiseless_recentring_query_finds_a_known_shift(models_bank: CodecBank, 
     for key in ("film.now", "film.before"):
         values[key] = values[key] + 0.2
     shifted = PatientBatch(
-        values, models_public.present_BVI, models_public.factor_BVIF, models_public.gap_hours_BVI, models_public.visit_BV, models_public.ids
+        values,
+        models_public.present_BVI,
+        models_public.factor_BVIF,
+        models_public.gap_hours_BVI,
+        models_public.visit_BV,
+        models_public.ids,
     )
     vectors = models_bank.mean_vectors(models_bank.encode(shifted), ("film", "scan"))
     assert vectors.shape == (60, 8 + 1 + 64 + 1)

@@ -104,7 +104,9 @@ COLUMNS = (
 
 def test_table_round_trip_with_missing_values() -> None:
     g = torch.Generator().manual_seed(0)
-    rows = torch.stack([torch.rand(64, generator=g) * 2 - 1, *(torch.randint(0, n, (64,), generator=g) for n in (2, 3))], 1)
+    rows = torch.stack(
+        [torch.rand(64, generator=g) * 2 - 1, *(torch.randint(0, n, (64,), generator=g) for n in (2, 3))], 1
+    )
     rows = torch.where(torch.rand(rows.shape, generator=g) < 0.3, math.nan, rows)
     slot = Slot(name="t", kind="table", codec="table", columns=COLUMNS)
     codec = TableCodec.fit(slot, rows)
@@ -126,7 +128,9 @@ def test_table_weight_counts_the_bit_always_and_the_value_where_recorded() -> No
 
 
 def test_series_round_trip_keeps_what_was_not_observed() -> None:
-    slot = Slot(name="v", kind="series", codec="series", hours=6, bin_hours=2, columns=(Column(name="a"), Column(name="b")))
+    slot = Slot(
+        name="v", kind="series", codec="series", hours=6, bin_hours=2, columns=(Column(name="a"), Column(name="b"))
+    )
     x = torch.tensor([[[0.1, math.nan], [math.nan, math.nan], [-0.5, 0.9]]])
     codec = SeriesCodec.fit(slot, x)
     assert codec.encode(x).shape == (1, 3, 4)

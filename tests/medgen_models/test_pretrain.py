@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from medgen_models.adapters import add_lora, trainable, with_weights
+from medgen_models.assembly import StudyModel
+from medgen_models.core import CoreConfig
+from medgen_models.export import load_release_model, save_release_model
+from medgen_models.pretrain import CARD_FILE, WEIGHTS_FILE, PretrainConfig, PublicModel, pretrain
+from medgen_models.schema import PatientBatch, Schema
+
+CONFIG = PretrainConfig(steps=40, batch=16, vae_steps=5, warmup=5, core=CoreConfig(width=16, layers=1, heads=2))
+
+
+@pytest.fixture(scope="module")
+def losses() -> list[float]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def model(models_schema: Schema, models_public: PatientBatch, losses: list[float]) -> PublicModel:
+    return pretrain(models_schema, models_public, CONFIG, seed=0, on_step=lambda step, loss: losses.append(loss))
+
+
+def test_loss_falls(model: PublicModel, losses: list[float]) -> None:
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_public_numbers_are_there_for_planning(model: PublicModel) -> None:
+    assert set(model.clip_norms) == {"all", "attention", "lora", "codec"}
+    assert all(value > 0 for value in model.clip_norms.values())
+    assert model.clip_norms["attention"] < model.clip_norms["all"]
+    assert model.recentre_norm > 0
+    assert list(model.loss_quantiles) == sorted(model.loss_quantiles)
+    assert model.gap_quantiles["film.before"][0] == 24.0
+
+
+def test_same_seed_same_model_and_global_stream_untouched(
+    model: PublicModel, models_schema: Schema, models_public: PatientBatch
+) -> None:
+    before = torch.get_rng_state()
+    again = pretrain(models_schema, models_public, CONFIG, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert again.digest() == model.digest()
+
+
+def test_storage_round_trip(
+    model: PublicModel, models_schema: Schema, models_public: PatientBatch, tmp_path: Path
+) -> None:
+    model.save(tmp_path)
+    again = PublicModel.load(tmp_path, models_schema)
+    assert again.digest() == model.digest()
+    torch.testing.assert_close(again.bank.encode(models_public).z_BVNW, model.bank.encode(models_public).z_BVNW)
+    assert again.flow == model.flow
+
+
+def test_a_model_of_another_schema_or_another_digest_is_refused(
+    model: PublicModel, models_schema: Schema, tmp_path: Path
+) -> None:
+    model.save(tmp_path)
+    other = models_schema.model_copy(update={"name": "other"})
+    with pytest.raises(ValueError, match="trained for schema 'toy'"):
+        PublicModel.load(tmp_path, other)
+    body = bytearray((tmp_path / WEIGHTS_FILE).read_bytes())
+    body[-1] ^= 1
+    (tmp_path / WEIGHTS_FILE).write_bytes(bytes(body))
+    with pytest.raises(ValueError, match="digest"):
+        PublicModel.load(tmp_path, models_schema)
+    (tmp_path / CARD_FILE).write_text("{")
+    with pytest.raises(ValueError, match="torn"):
+        PublicModel.load(tmp_path, models_schema)
+    with pytest.raises(ValueError, match="no public model"):
+        PublicModel.load(tmp_path / "nowhere", models_schema)
+
+
+def test_gaps_are_drawn_where_a_reference_is(model: PublicModel) -> None:
+    present = torch.zeros(5, 2, model.layout.instances, dtype=torch.bool)
+    before = model.layout.place("film.before")
+    present[:3, 0, before] = True
+    gap = model.draw_gaps(present, torch.Generator().manual_seed(0))
+    assert gap[:3, 0, before].tolist() == [24.0] * 3
+    assert float(gap.sum()) == 72.0
+
+
+def test_no_public_patients_is_an_error(models_schema: Schema) -> None:
+    with pytest.raises(ValueError, match="no public patients"):
+        pretrain(models_schema, PatientBatch.empty(models_schema, 0), CONFIG, seed=0)
+
+
+def test_released_model_is_the_study_model_with_adapters_merged(model: PublicModel, tmp_path: Path) -> None:
+    adapted = add_lora(model.core, 2, torch.Generator().manual_seed(0))
+    adapted = with_weights(adapted, {name: value + 0.1 for name, value in trainable(adapted, "lora").items()})
+    study = StudyModel(model, model.bank.recentre({"film": torch.ones(8)}), adapted, "lora")
+    save_release_model(study, tmp_path, "ab" * 32, private=False)
+    again = load_release_model(tmp_path)
+    x = torch.randn(2, model.layout.tokens, model.layout.width, generator=torch.Generator().manual_seed(1))
+    state = torch.full((2, model.layout.instances), 2)
+    rest = (
+        state,
+        torch.full(state.shape, 0.5),
+        torch.zeros(2, model.layout.instances, 2, dtype=torch.int64),
+        torch.zeros(state.shape),
+    )
+    torch.testing.assert_close(again.core(x, *rest), adapted(x, *rest), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(again.bank.centres["film.now"], model.bank.centres["film.now"] + 1.0)
+    assert again.facts["plan_hash"] == "ab" * 32
+    assert "Not private" in (tmp_path / "docs" / "README.md").read_text()
+    metadata = json.loads((tmp_path / "configs" / "metadata.json").read_text())
+    assert {"version", "monai_version", "network_data_format", "task"} <= set(metadata)
+    (tmp_path / "models" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="verify the bundle"):
+        load_release_model(tmp_path)
+
+
+def test_presets_do_not_share_state() -> None:
+    assert dataclasses.replace(PretrainConfig(), steps=3).core == CoreConfig()

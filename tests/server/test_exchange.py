@@ -1,0 +1,177 @@
+"""Waiting for sites: by name, with a deadline, and a lost or garbled site is one answer among others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from privacy.boundary.messages import Capabilities, CapabilitiesRequest, PartQuery, PartsMissing, Refusal, to_bytes
+from privacy.boundary.signing import sign_capabilities
+from privacy.identity import IdentityKey, MaskingKey
+from server import exchange as module
+from server.events import EventLog
+from server.exchange import BODY, UNAVAILABLE, Exchange
+from simulations.grid import InProcessGrid
+
+Answer = Callable[[bytes], Any]
+
+
+def offer(site: str) -> Capabilities:
+    return sign_capabilities(
+        site=site,
+        slots=("mri",),
+        n_decl=10,
+        held_out_decl=1,
+        min_contributors=3,
+        identity=IdentityKey(b"\x01" * 32),
+        masking_public=MaskingKey(b"\x02" * 32).public,
+        versions={},
+        hardware="cpu",
+    )
+
+
+class Grid:
+    """Nodes by id, each a function from request bytes to reply bytes, to a record, to an error, or to None (late)."""
+
+    def __init__(self, nodes: dict[int, Answer], slow: int = 0) -> None:
+        self.nodes, self.looks_until_nodes = nodes, slow
+        self.timeouts: list[float | None] = []
+        self.asked: list[int] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looks_until_nodes -= 1
+        return list(self.nodes) if self.looks_until_nodes < 0 else []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        self.timeouts.append(timeout)
+        for message in messages:
+            node = message.metadata.dst_node_id
+            self.asked.append(node)
+            body = message.content.config_records[BODY][BODY]
+            assert isinstance(body, bytes)
+            message.metadata.__dict__["_message_id"] = str(node)
+            answer = self.nodes[node](body)
+            if isinstance(answer, Error):
+                yield Message(answer, reply_to=message)
+            elif isinstance(answer, bytes):
+                yield Message(RecordDict({BODY: ConfigRecord({BODY: answer})}), reply_to=message)
+            elif answer is not None:
+                yield Message(answer, reply_to=message)
+
+
+def site(name: str) -> Answer:
+    """A site that answers the roll call with its name and any part query with nothing missing."""
+    first = to_bytes(CapabilitiesRequest("study"))
+    return lambda body: to_bytes(offer(name) if body == first else PartsMissing(()))
+
+
+@pytest.fixture
+def events(tmp_path: Path) -> EventLog:
+    return EventLog(tmp_path / "events.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def _identity_and_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    InProcessGrid(ClientApp(), 1, {})  # gives this process the identity without which Flower makes no message
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+
+
+def test_the_roll_call_maps_names_to_nodes_and_waits_for_slow_starters(events: EventLog) -> None:
+    grid = Grid({7: site("west"), 3: site("east")}, slow=3)
+    exchange = Exchange(grid, 5.0, events)  # type: ignore[arg-type]
+    found = exchange.discover("study", ["east", "west"])
+    assert list(found) == ["east", "west"]
+    assert exchange.sites == ("east", "west")
+    assert grid.asked == [7, 3]  # each node once
+    assert set(grid.timeouts) == {5.0}
+    assert next(event for event in events.read() if event["kind"] == "roll-call")["missing"] == []
+
+
+def test_strangers_and_second_holders_of_a_name_are_ignored(events: EventLog) -> None:
+    grid = Grid(
+        {1: site("east"), 2: site("east"), 3: site("mallory"), 4: lambda _: to_bytes(Refusal("SITE_UNAVAILABLE"))}
+    )
+    exchange = Exchange(grid, 0.05, events)  # type: ignore[arg-type]
+    assert list(exchange.discover("study", ["east", "west"])) == ["east"]
+    grid.asked.clear()
+    assert exchange.ask(dict.fromkeys(["east", "mallory", "west"], PartQuery(()))) == {
+        "east": PartsMissing(()),
+        "mallory": UNAVAILABLE,
+        "west": UNAVAILABLE,
+    }
+    assert grid.asked == [1]  # the first holder of the name, and nobody else
+    assert next(event for event in events.read() if event["kind"] == "roll-call")["missing"] == ["west"]
+
+
+def test_a_missing_site_costs_the_deadline_and_no_more(events: EventLog) -> None:
+    exchange = Exchange(Grid({1: site("east")}), 0.2, events)  # type: ignore[arg-type]
+    begin = time.monotonic()
+    exchange.discover("study", ["east", "west"])
+    assert 0.2 <= time.monotonic() - begin < 1.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        b"",
+        b"garbage",
+        to_bytes(CapabilitiesRequest("study")),
+        Error(2, "sub-0007 in /patients/secret.nii.gz"),
+        RecordDict(),
+        RecordDict({BODY: ConfigRecord({BODY: "text"})}),
+        RecordDict({BODY: ConfigRecord({"other": b"x"})}),
+    ],
+    ids=["late", "empty", "garbage", "a request", "error", "no record", "text", "other key"],
+)
+def test_whatever_is_no_reply_is_an_unavailable_site(events: EventLog, answer: Any) -> None:
+    good = site("east")
+    first = to_bytes(CapabilitiesRequest("study"))
+    grid = Grid({1: lambda body: good(body) if body == first else answer, 2: site("west")})
+    exchange = Exchange(grid, 0.5, events)  # type: ignore[arg-type]
+    exchange.discover("study", ["east", "west"])
+    replies = exchange.ask(dict.fromkeys(["west", "east"], PartQuery(())))
+    assert replies == {"east": UNAVAILABLE, "west": PartsMissing(())}
+    assert list(replies) == ["east", "west"]  # in the order of sites, whoever answered first
+    written = (events._path).read_text(encoding="utf-8")
+    assert "secret" not in written
+
+
+def test_a_reply_of_a_node_that_was_not_asked_is_dropped(events: EventLog) -> None:
+    class Talkative(Grid):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+            yield from super().send_and_receive(messages, timeout=timeout)
+            uninvited = Message(RecordDict({BODY: ConfigRecord({BODY: b"x"})}), 9, "query.ask")
+            uninvited.metadata.__dict__["_message_id"] = "9"
+            yield Message(RecordDict({BODY: ConfigRecord({BODY: to_bytes(offer("west"))})}), reply_to=uninvited)
+
+    exchange = Exchange(Talkative({1: site("east")}), 0.05, events)  # type: ignore[arg-type]
+    assert list(exchange.discover("study", ["east", "west"])) == ["east"]
+
+
+def test_traffic_is_written_down_by_site_kind_and_size(events: EventLog) -> None:
+    exchange = Exchange(Grid({1: site("east")}), 0.5, events)  # type: ignore[arg-type]
+    exchange.discover("study", ["east"])
+    exchange.ask({"east": PartQuery(("a" * 64,))})
+    crossed = [event for event in events.read() if event["kind"] == "crossed"]
+    assert [event["reply"] for event in crossed] == ["Capabilities", "PartsMissing"]
+    assert [event["site"] for event in crossed] == ["", "east"]  # at the roll call nobody has a name yet
+    assert crossed[1]["bytes_in"] == len(to_bytes(PartQuery(("a" * 64,))))
+    assert crossed[1]["bytes_out"] == len(to_bytes(PartsMissing(())))
+    assert set(crossed[1]) == {"time", "kind", "site", "bytes_in", "bytes_out", "reply"}
+
+
+def test_nobody_is_asked_for_nothing(events: EventLog) -> None:
+    grid = Grid({1: site("east")})
+    exchange = Exchange(grid, 0.5, events)  # type: ignore[arg-type]
+    exchange.discover("study", ["east"])
+    grid.asked.clear()
+    assert exchange.ask({}) == {}
+    assert exchange.ask({"west": PartQuery(())}) == {"west": UNAVAILABLE}
+    assert grid.asked == []
