@@ -74,7 +74,7 @@ def attack_cohort(session: Session, sites: Sequence[str], state: State, cohort: 
         sums = session.aggregator.run(ask, ready)
     except StudyError as error:
         session.events.write("audit-failed", reason=str(error))
-        problem = f"{len(able)} sites have a control group and {plan.min_cohort(AUDIT)} are needed"
+        problem = f"of {len(able)} sites with a control group, fewer than {plan.min_cohort(AUDIT)} answered"
         return AuditResult((), None, (), times_asked(session), problem)
     total = sums.groups[AUDIT]
     session.checkpoints.save(AUDIT, 0, {"audit": total.values}, {"sites": list(total.sites)})

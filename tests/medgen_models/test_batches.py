@@ -8,7 +8,9 @@ from medgen_models.schema import Column, PatientBatch, Schema, Slot
 
 
 def _schema(name: str = "toy") -> Schema:
-    return Schema(name=name, slots=(Slot(name="ehr", kind="table", codec="table", columns=(Column(name="age", high=99.0),)),))
+    return Schema(
+        name=name, slots=(Slot(name="ehr", kind="table", codec="table", columns=(Column(name="age", high=99.0),)),)
+    )
 
 
 def test_round_trip_keeps_missing_values_ids_and_flags() -> None:

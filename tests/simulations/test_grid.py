@@ -22,7 +22,9 @@ def echo() -> ClientApp:
         partition = str(context.node_config["partition-id"]).encode()
         seen = context.state.config_records.setdefault("seen", ConfigRecord({"n": 0}))
         seen["n"] = int(str(seen["n"])) + 1
-        return Message(RecordDict({"body": ConfigRecord({"body": partition + b"/" + str(seen["n"]).encode()})}), reply_to=message)
+        return Message(
+            RecordDict({"body": ConfigRecord({"body": partition + b"/" + str(seen["n"]).encode()})}), reply_to=message
+        )
 
     return app
 
