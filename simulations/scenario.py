@@ -118,7 +118,7 @@ def load_scenario(name_or_path: str, overrides: Sequence[str] = ()) -> Scenario:
         for override in overrides:
             _override(values, override)
         return Scenario.model_validate(values)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name}: not valid TOML: {error}; mend the line") from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -134,6 +134,10 @@ def _override(values: dict[str, Any], override: str) -> None:
     table = values
     for section in sections:
         table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ValueError(
+                f"override {override!r}: {section!r} holds a value, not a section; leave out what follows it"
+            )
     try:
         table[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

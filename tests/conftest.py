@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -231,6 +230,30 @@ class Study:
         return stages.core(session, sites, model, state)
 
 
+def tiny_schema() -> Any:
+    """MRI, PET, six columns and the vitals of the demo, in few tokens."""
+    from medgen_models.schema import Schema
+    from simulations.phantoms import demo_schema
+
+    image = {"tokens": 2, "width": 4}
+    demo = demo_schema()
+    kept = ("age_years", "diabetes", "bnp_pg_ml", "crp_mg_l", "pathology", "outcome")
+    columns = tuple(column for column in demo.table_columns() if column.name in kept)
+    changes: dict[str, dict[str, Any]] = {"mri": image, "pet": image, "ehr": {"columns": columns}, "vitals": {}}
+    return Schema(
+        name="tiny",
+        slots=tuple(s.model_copy(update=changes[s.name]) for s in demo.slots if s.name in changes),
+    )
+
+
+def small_core() -> Callable[..., Any]:
+    """The pre-training of a scenario, with a core of three thousand weights instead of seven hundred thousand."""
+    from medgen_models.core import CoreConfig
+    from medgen_models.pretrain import PretrainConfig
+
+    return functools.partial(PretrainConfig, core=CoreConfig(width=16, layers=1, heads=2))
+
+
 @pytest.fixture(scope="session")
 def study_sites() -> tuple[str, ...]:
     """Names of the four sites, in order."""
@@ -242,33 +265,21 @@ def study_base(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Hospitals and public model of the tiny study, made once; no plan yet."""
     import torch
 
-    from medgen_models.core import CoreConfig
-    from medgen_models.pretrain import PretrainConfig
-    from medgen_models.schema import Schema
     from server.events import EventLog
     from simulations import preparation
-    from simulations.phantoms import demo_schema
     from simulations.scenario import load_scenario
 
     torch.set_num_threads(1)
     study = Study(tmp_path_factory.mktemp("study"))
     study.scenario_file.write_text(SCENARIO, encoding="utf-8")
     scenario = load_scenario(str(study.scenario_file))
-    smaller = {"mri": {"tokens": 2, "width": 4}, "pet": {"tokens": 2, "width": 4}, "ehr": {}, "vitals": {}}
-    slots = [slot.model_copy(update=smaller[slot.name]) for slot in demo_schema().slots if slot.name in smaller]
-    slots = [slot.model_copy(update={"columns": slot.columns[-6:]}) if slot.name == "ehr" else slot for slot in slots]
-    schema = Schema(name="tiny", slots=tuple(slots))
-    small = functools.partial(PretrainConfig, core=CoreConfig(width=16, layers=1, heads=2))
+    schema = tiny_schema()
     study.folder.path.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "PretrainConfig", small)
+        patch.setattr(preparation, "PretrainConfig", small_core())
         preparation.write_study(study.folder, scenario, schema)
         preparation.make_sites(scenario, schema, study.hospitals)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
-            preparation.public_model(
-                scenario, schema, study.root / "public", study.folder, EventLog(study.folder.events)
-            )
+        preparation.public_model(scenario, schema, study.root / "public", study.folder, EventLog(study.folder.events))
     return study
 
 
@@ -359,4 +370,28 @@ def study_finished(study_prepared: Study, tmp_path_factory: pytest.TempPathFacto
     """The private study, run to its end in this process; for looking only."""
     study = _copy(study_prepared, tmp_path_factory.mktemp("finished"))
     study.run()
+    return study
+
+
+@pytest.fixture(scope="session")
+def study_trained(study_known: Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Mapping[str, Any]]:
+    """The deterministic study after its private stages, and its final state; for looking only."""
+    study = _copy(study_known, tmp_path_factory.mktemp("trained"))
+    return study, study.train()
+
+
+@pytest.fixture
+def study_small(monkeypatch: pytest.MonkeyPatch, study_base: Study, tmp_path: Path) -> Study:
+    """A folder with the scenario file and the public model, but no run: ``medgen simulate`` starts from nothing.
+
+    While the test runs, scenarios take the tiny schema and the small core.
+    """
+    from simulations import preparation
+    from simulations.scenario import Scenario
+
+    monkeypatch.setattr(preparation, "PretrainConfig", small_core())
+    monkeypatch.setattr(Scenario, "schema_of_study", lambda _: tiny_schema())
+    study = Study(tmp_path / "fresh")
+    shutil.copytree(study_base.root / "public", study.runs / "public")
+    study.scenario_file.write_text(SCENARIO, encoding="utf-8")
     return study

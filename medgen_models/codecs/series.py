@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from medgen_models.codecs.scores import Scores
+from medgen_models.codecs.table import BIT_WEIGHT
 from medgen_models.schema import Slot
 
 
@@ -53,8 +54,8 @@ class SeriesCodec:
         return torch.cat([score, torch.isfinite(x_BTC) * 2.0 - 1.0], dim=-1)
 
     def weight(self, x_BTC: Tensor) -> Tensor:
-        """1 on observed values and on all observed bits."""
-        return torch.cat([torch.isfinite(x_BTC).float(), torch.ones_like(x_BTC)], dim=-1)
+        """1 on observed values, :data:`BIT_WEIGHT` on all observed bits."""
+        return torch.cat([torch.isfinite(x_BTC).float(), torch.full_like(x_BTC, BIT_WEIGHT)], dim=-1)
 
     def decode(self, z_BTW: Tensor) -> Tensor:
         """(B, T, 2C) to (B, T, C) scaled values, NaN where the observed bit is negative."""

@@ -15,6 +15,9 @@ from torch import Tensor
 from medgen_models.codecs.scores import Scores
 from medgen_models.schema import Column, Slot
 
+BIT_WEIGHT = 0.25
+"""Weight of a recorded or observed bit relative to a value; bits are mostly noise, values carry the relations."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TableCodec:
@@ -66,11 +69,11 @@ class TableCodec:
         return out
 
     def weight(self, x_BC: Tensor) -> Tensor:
-        """1 on the recorded bit and on the value where recorded."""
+        """A value counts 1 where recorded, whatever its width; a recorded bit counts :data:`BIT_WEIGHT`."""
         out = torch.zeros(*x_BC.shape, self.width)
-        out[..., 0] = 1.0
+        out[..., 0] = BIT_WEIGHT
         for c, column in enumerate(self.columns):
-            out[:, c, 1 : 1 + column.width] = torch.isfinite(x_BC[:, c, None]).float()
+            out[:, c, 1 : 1 + column.width] = torch.isfinite(x_BC[:, c, None]) / column.width
         return out
 
     def decode(self, z_BTW: Tensor) -> Tensor:

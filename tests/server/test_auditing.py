@@ -25,6 +25,7 @@ def test_every_attack_of_a_plan_has_its_words(study_prepared: Any) -> None:
 
 def test_the_vector_is_read_in_the_order_of_the_plan(study_prepared: Any) -> None:
     plan, sites = study_prepared.plan, ("alder-university", "birch-memory", "elm-chest")
+    plan = plan.model_copy(update={"audit": plan.audit.model_copy(update={"pairs": 500})})
     values = np.arange(vector_length(plan), dtype=np.float64)
     result = decode(plan, values, sites, "outcome")
     start = 0

@@ -20,15 +20,6 @@ from server.aggregation import GroupSum, StudyError
 from server.publishing import _spend
 from server.session import gather
 
-
-@pytest.fixture(scope="module")
-def trained(study_known: Any, study_copy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The deterministic study after its private stages, and the state that came out."""
-    study = study_copy(study_known, tmp_path_factory.mktemp("trained"))
-    state = study.train()
-    return study, state
-
-
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
@@ -68,8 +59,8 @@ def test_the_running_mean_starts_with_the_first_round() -> None:
 # -- with real sites ---------------------------------------------------------------------------------------------------
 
 
-def test_what_is_frozen_stays_at_public_weights_and_what_is_trained_moves(trained: Any) -> None:
-    study, state = trained
+def test_what_is_frozen_stays_at_public_weights_and_what_is_trained_moves(study_trained: Any) -> None:
+    study, state = study_trained
     public = PublicModel.load(Path(study.folder.public_pointer.read_text(encoding="utf-8")))
     start = {name: value.detach().numpy() for name, value in public.core.named_parameters()}
     frozen = [name for name in start if name.startswith("slot.pet.")]
@@ -87,8 +78,8 @@ def test_what_is_frozen_stays_at_public_weights_and_what_is_trained_moves(traine
     assert "mean/pet" not in state
 
 
-def test_every_round_is_on_disk_with_who_took_part(trained: Any, study_sites: tuple[str, ...]) -> None:
-    study, _ = trained
+def test_every_round_is_on_disk_with_who_took_part(study_trained: Any, study_sites: tuple[str, ...]) -> None:
+    study, _ = study_trained
     session = study.session()
     assert session.checkpoints.rounds("core") == [0, 1]
     facts = session.checkpoints.load("core", 1).facts
@@ -101,9 +92,9 @@ def test_every_round_is_on_disk_with_who_took_part(trained: Any, study_sites: tu
 
 
 def test_a_finished_stage_asks_nobody_again(
-    trained: Any, study_copy: Callable[..., Any], study_sites: tuple[str, ...], tmp_path: Path
+    study_trained: Any, study_copy: Callable[..., Any], study_sites: tuple[str, ...], tmp_path: Path
 ) -> None:
-    study, state = trained
+    study, state = study_trained
     again = study_copy(study, tmp_path / "again")
     before = {site: again.kinds(site) for site in study_sites}
     repeated = again.train()
@@ -114,10 +105,10 @@ def test_a_finished_stage_asks_nobody_again(
 
 
 def test_a_study_cut_between_rounds_ends_where_an_uncut_one_does(
-    trained: Any, study_copy: Callable[..., Any], study_sites: tuple[str, ...], tmp_path: Path
+    study_trained: Any, study_copy: Callable[..., Any], study_sites: tuple[str, ...], tmp_path: Path
 ) -> None:
     """The last round's checkpoint is lost, answers are not: the round is asked again, answered from disk, and free."""
-    study, state = trained
+    study, state = study_trained
     cut = study_copy(study, tmp_path / "cut")
     (cut.folder.checkpoints / "core-0001.safetensors").unlink()
     before = {site: cut.kinds(site) for site in study_sites}
@@ -127,8 +118,8 @@ def test_a_study_cut_between_rounds_ends_where_an_uncut_one_does(
     assert {site: cut.kinds(site) for site in study_sites} == before
 
 
-def test_marginals_come_back_in_the_shape_of_their_columns(trained: Any) -> None:
-    study, _ = trained
+def test_marginals_come_back_in_the_shape_of_their_columns(study_trained: Any) -> None:
+    study, _ = study_trained
     session = study.session()
     domain = [len(column.levels) for column in variables(session.schema, session.config.table.bins)]
     counts = stages.marginals(session, (), domain)  # nobody is asked: the statistic is on disk

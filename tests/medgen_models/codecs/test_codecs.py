@@ -11,7 +11,7 @@ from medgen_models.codecs.atlas import AtlasCodec
 from medgen_models.codecs.dct import DctCodec, block_basis, cosine_matrix
 from medgen_models.codecs.scores import Scores
 from medgen_models.codecs.series import SeriesCodec
-from medgen_models.codecs.table import TableCodec
+from medgen_models.codecs.table import BIT_WEIGHT, TableCodec
 from medgen_models.codecs.text import TextCodec, hash_encode
 from medgen_models.schema import Column, Slot
 
@@ -117,10 +117,12 @@ def test_table_round_trip_with_missing_values() -> None:
     torch.testing.assert_close(again.encode(rows), z)
 
 
-def test_table_weight_counts_the_bit_always_and_the_value_where_recorded() -> None:
+def test_table_weight_counts_a_value_once_where_recorded_and_a_bit_always() -> None:
     codec = TableCodec.fit(Slot(name="t", kind="table", codec="table", columns=COLUMNS), torch.zeros(0, 3))
     weight = codec.weight(torch.tensor([[0.0, math.nan, 2.0]]))
-    assert weight[0].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert weight[0, :, 0].tolist() == [BIT_WEIGHT] * 3
+    assert weight[0, :, 1:].sum(1).tolist() == [1.0, 0.0, 1.0]
+    assert weight[0, 0, 1:].tolist() == [1.0, 0.0, 0.0]
     z = codec.encode(torch.tensor([[0.0, math.nan, 2.0]]))
     assert float(z[0, 1, 0]) == -1.0
     assert z[0, 1, 1:].tolist() == [0, 0, 0]
@@ -135,7 +137,8 @@ def test_series_round_trip_keeps_what_was_not_observed() -> None:
     codec = SeriesCodec.fit(slot, x)
     assert codec.encode(x).shape == (1, 3, 4)
     torch.testing.assert_close(codec.decode(codec.encode(x)), x, equal_nan=True, atol=1e-5, rtol=0)
-    assert codec.weight(x)[0].tolist() == [[1, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
+    bit = BIT_WEIGHT
+    assert codec.weight(x)[0].tolist() == [[1, 0, bit, bit], [0, 0, bit, bit], [1, 1, bit, bit]]
 
 
 def test_text_code_is_fixed_and_of_unit_mean_square() -> None:
