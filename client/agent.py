@@ -119,6 +119,8 @@ class SiteAgent:
             values = evidence.audit(config, plan, task, ledger.uncovered(task.plan_hash, AUDIT, plan.audit.cap, digest))
             step = 1.0
         else:
+            if config.policy.bad_record == "refuse":  # before anything is charged
+                rounds.read_records(config, plan, None, ledger.local("records checked before a round"))
             token = ledger.intend(task.plan_hash, task.stage, task.round, digest)
             values, step = rounds.compute(config, plan, task, token)
         party = self._party(plan, config)

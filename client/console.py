@@ -53,9 +53,9 @@ def _print_problems(console: Console, report: CheckReport) -> None:
     if not report.problems:
         console.print("no problems")
         return
-    table = Table("file", "field", "value", "rule", "remedy", title=f"{len(report.problems)} problems")
+    table = Table("file", "patient", "field", "value", "rule", "remedy", title=f"{len(report.problems)} problems")
     for problem in report.problems[:MOST_PROBLEMS]:
-        table.add_row(problem.file, problem.field, problem.value, problem.rule, problem.remedy)
+        table.add_row(problem.file, problem.patient, problem.field, problem.value, problem.rule, problem.remedy)
     console.print(table)
     if len(report.problems) > MOST_PROBLEMS:
         console.print(f"  and {len(report.problems) - MOST_PROBLEMS} more")
@@ -103,5 +103,5 @@ def print_ledger_verification(folder: Path) -> int:
     except (Refused, ValueError, OSError) as error:
         console.print(f"[bold red]the ledger does not hold[/] {error}")
         return 1
-    console.print(f"the ledger holds: {seq + 1} rows, head {head}")
+    console.print(f"the ledger holds: {seq} rows, head {head}")
     return 0

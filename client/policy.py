@@ -98,12 +98,12 @@ class SpeedSection(_Frozen):
     """``[speed]``: how private steps are computed; it cannot change what is promised.
 
     Attributes:
-        engine: per-patient gradients by whole-model vectorising, by a loop, or by Opacus hooks.
+        engine: per-patient gradients by whole-model vectorising, or by a loop (least memory).
         chunk: patients per physical batch. threads: CPU threads; runs on other backends that set the same number are
             bit-identical under the test switch.
     """
 
-    engine: Literal["vmap", "loop", "hooks"] = "vmap"
+    engine: Literal["vmap", "loop"] = "vmap"
     chunk: int = Field(default=16, ge=1)
     threads: int = Field(default=1, ge=1)
 
@@ -133,7 +133,7 @@ class SiteConfig(_Frozen):
         try:
             tables = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"{path}: there is no such file; write one with `medgen site init`") from None
+            raise ValueError(f"{path}: there is no such file; the hospital guide shows one") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: it is no TOML file: {error}") from error
         if "folder" in tables:
@@ -353,7 +353,7 @@ def admit(site_dir: Path, name: str) -> StudyPlan:
     if status == "rejected":
         raise Refused("PLAN_REJECTED")
     if status != "approved":
-        raise Refused("NOT_APPROVED", remedy=f"medgen site approve {name}")
+        raise Refused("NOT_APPROVED", remedy="the site's data officer approves it, or not")
     config = SiteConfig.load(site_dir)
     plan = verify_plan(*stored_plan(site_dir, name), config.coordinator_key())
     check_roster(config, plan)

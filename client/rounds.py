@@ -87,7 +87,7 @@ def read_records(config: SiteConfig, plan: StudyPlan, model: StudyModel | None, 
         config.site.declared_held_out,
         keys.cache.secret_bytes(),
     )
-    if config.policy.bad_record == "refuse" and records.problems:
+    if config.policy.bad_record == "refuse" and any(problem.patient for problem in records.problems):
         raise Refused("SITE_UNAVAILABLE", "policy refuses a site with bad records", "run `medgen site check`")
     return records
 

@@ -154,7 +154,10 @@ def _bundle(session: Session, model: StudyModel, verdict: Literal["RELEASE", "HO
     shutil.copytree(folder.cohort, partial / bundle.COHORT)
     for path in (folder.report_json, folder.report_html):
         shutil.copyfile(path, partial / path.name)
-    shutil.copytree(folder.report_json.parent / "figures", partial / "figures", dirs_exist_ok=True)
+    if figures := list((folder.report_json.parent / "figures").glob("*")):
+        (partial / "figures").mkdir()
+        for path in figures:
+            shutil.copyfile(path, partial / "figures" / path.name)
     from medgen_models.export import save_release_model
 
     save_release_model(model, partial / "model", session.plan.hash, private)

@@ -97,8 +97,9 @@ def limb_population(schema: Schema, patients: int, seed: int) -> PatientBatch:
 def _limb(schema: Schema, severity: float, rng: np.random.Generator) -> tuple[Floats, Floats]:
     """One limb: T1-weighted intensity within the slot's public range, FDG uptake in SUV (g/ml)."""
     mri, pet = schema.slot("mri"), schema.slot("pet")
-    z, y, x = (axis - (n - 1) / 2 for axis, n in zip(np.indices(mri.shape).astype(float), mri.shape, strict=True))
-    half = min(mri.shape[1:]) / 2
+    # Axes are right, anterior, superior; the limb runs from inferior to superior.
+    x, y, z = (axis - (n - 1) / 2 for axis, n in zip(np.indices(mri.shape).astype(float), mri.shape, strict=True))
+    half = min(mri.shape[:2]) / 2
     tilt = rng.normal(0, 0.08, 2)
     u, v = x - tilt[0] * z - rng.normal(0, 1), y - tilt[1] * z - rng.normal(0, 1)
     radius = half * rng.uniform(0.65, 1.05)

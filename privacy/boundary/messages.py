@@ -190,7 +190,7 @@ class MaskedAnswer(_Message):
     """A site's answer to one task: masked groups (uint32), or groups under local noise alone (float32).
 
     Attributes:
-        ledger_seq, ledger_hash: head of the site's ledger after the commit, so that a rollback is noticed elsewhere.
+        ledger_seq, ledger_hash: head of the site's ledger when it answered, with the intent in it, so that a rollback is noticed elsewhere.
     """
 
     task_digest: Annotated[str, rule.digest]

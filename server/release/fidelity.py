@@ -28,7 +28,7 @@ Floats = NDArray[np.float64]
 TILES = 8
 MOST_CORRELATIONS = 12
 WEAKEST = 0.3
-RIDGE = 10.0
+RIDGE = 0.3
 FEWEST = 20
 NEIGHBOURS = 5
 BINS = 8
@@ -272,9 +272,14 @@ def _column(batch: PatientBatch, key: str, c: int, column: Column) -> Floats:
 
 
 def _ridge(x_NF: Floats, y_N: Floats) -> Floats:
-    """Ridge weights of centred data; the intercept does not matter for a correlation."""
+    """Ridge weights of centred data, solved among patients; the intercept does not matter for a correlation.
+
+    The penalty is a share of the mean squared length of a patient, so that it fits few and many tokens alike.
+    """
     x, y = x_NF - x_NF.mean(axis=0), y_N - y_N.mean()
-    return np.asarray(np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y))
+    gram = x @ x.T
+    penalty = max(RIDGE * float(np.trace(gram)) / len(x), 1e-9)
+    return np.asarray(x.T @ np.linalg.solve(gram + penalty * np.eye(len(x)), y))
 
 
 def _sheets(
