@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -186,6 +186,7 @@ def _superlink(home: Path, environment: Mapping[str, str]) -> Iterator[subproces
             yield link
         finally:
             _stop(link)
+            _sweep(str(home / "flwr"))
 
 
 def _stop(link: subprocess.Popen[bytes]) -> None:
@@ -201,6 +202,28 @@ def _stop(link: subprocess.Popen[bytes]) -> None:
             continue
         if sign is signal.SIGTERM:
             time.sleep(0.5)
+
+
+def _sweep(home: str, patience_s: float = 10.0) -> None:
+    """End what outlives the SuperLink in sessions of its own (Ray's helpers): processes with our private FLWR_HOME."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        end = time.monotonic() + patience_s
+        for pid in _carrying(home):
+            with suppress(ProcessLookupError):
+                os.kill(pid, sign)
+        while _carrying(home) and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def _carrying(home: str) -> list[int]:
+    """Processes of ours whose environment names this Flower home; none where there is no /proc to ask."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            entries = (folder / "environ").read_bytes().split(b"\0")
+            if f"FLWR_HOME={home}".encode() in entries and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+    return found
 
 
 def _tool(name: str) -> str:

@@ -18,6 +18,7 @@ from privacy.boundary.messages import MaskedAnswer, Refusal, RoundTask, UnmaskAn
 from privacy.masking import quantise
 from server.aggregation import Aggregator, Ask, StudyError
 from server.events import EventLog
+from server.publishing import _groups
 
 GONE = Refusal("SITE_UNAVAILABLE")
 Meddle = Callable[[str, Any], Any]
@@ -305,6 +306,9 @@ def test_two_owners_who_both_agreed_travel_under_local_noise(
     plain = sum(np.asarray(answers[site].groups["slot/pet"], np.float64) for site in owners)
     np.testing.assert_array_equal(sums.groups["slot/pet"].values, plain)
     assert "slot/pet" not in answers["dune-neurology"].groups
+    said = {group.group: group for group in _groups(study.session())}  # in the report
+    assert (said["slot/pet"].status, said["slot/pet"].sites) == ("local noise", owners)
+    assert said["trunk"].status == "masked"
 
 
 def test_one_owner_who_did_not_agree_keeps_the_group_frozen(

@@ -139,6 +139,22 @@ def test_without_sites_enough_the_first_statistic_stops_the_study(study: Any, st
     assert all(study.ledger(site).spent_epsilon == 0 for site in study_sites)
 
 
+def test_only_sites_that_approved_this_very_plan_take_part(study: Any, study_sites: tuple[str, ...]) -> None:
+    from client import policy
+
+    policy.reject(study.site("elm-chest"), study.plan.hash)
+    assert gather(study.session()) == study_sites[:3]
+    out = [event for event in study.events if event["kind"] == "sits-out"]
+    assert [(event["site"], event["code"]) for event in out] == [("elm-chest", "PLAN_REJECTED")]
+    for site in study_sites[:3]:
+        assert {path.name for path in (study.site(site) / "parts").iterdir()} == set(study.parts)
+    assert not (study.site("elm-chest") / "parts").exists()
+    for site in study_sites[:3]:
+        policy.reject(study.site(site), study.plan.hash)
+    with pytest.raises(StudyError, match="no site takes part"):
+        gather(study.session())
+
+
 def test_a_stage_that_the_plan_lacks_is_skipped(study: Any) -> None:
     session = study.session()
     bare = dataclasses.replace(session, plan=session.plan.model_copy(update={"table": None, "recentre": None}))

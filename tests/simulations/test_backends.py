@@ -37,7 +37,7 @@ def test_under_the_test_switch_two_runs_give_identical_weights(
     study_edit: Callable[..., None],
     tmp_path: Path,
 ) -> None:
-    """Planned anew with other keys and another coordinator: only known noise and the same records are shared."""
+    """Planned and enrolled anew: the two share records, public model and known noise, and no key of a site."""
     first, state = study_trained
     second = study_plan(
         tmp_path / "second",
@@ -45,7 +45,8 @@ def test_under_the_test_switch_two_runs_give_identical_weights(
         "study.table.spare_rounds=2",
         edit=lambda study: study_edit(study, "deterministic_noise = false", "deterministic_noise = true"),
     )
-    assert second.key.public != first.key.public
+    keys = [(study.site("elm-chest") / "keys" / "masking.key").read_bytes() for study in (first, second)]
+    assert keys[0] != keys[1]
     assert_identical(second.train(), state)
 
 
@@ -74,7 +75,16 @@ def test_ray_and_this_process_give_bit_identical_weights_and_ray_leaves_nothing_
     study_copy: Callable[..., Any],
     study_sites: tuple[str, ...],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    homes: list[str] = []
+    real = backends._superlink
+
+    def watched(home: Path, environment: Mapping[str, str]) -> Any:
+        homes.append(environment["FLWR_HOME"])
+        return real(home, environment)
+
+    monkeypatch.setattr(backends, "_superlink", watched)
     study = study_copy(study_known, tmp_path / "ray")
     run("ray", study.folder.path, study.hospitals, len(study_sites), lambda: "finished" in kinds(study))
     assert study.ended["kind"] == "finished"
@@ -83,28 +93,14 @@ def test_ray_and_this_process_give_bit_identical_weights_and_ray_leaves_nothing_
     for site in study_sites:
         rows = [kind for kind in study.kinds(site) if kind != "uncovered"]
         assert rows == trained.kinds(site)  # the audit, which the other run left out, is not covered by epsilon
-    end = time.monotonic() + 20
-    while (left := processes_of("medgen-flower-")) and time.monotonic() < end:
-        time.sleep(0.5)
-    assert not left, left
+    assert len(homes) == 1
+    assert backends._carrying(homes[0]) == []
+    assert not Path(homes[0]).exists()
 
 
 def kinds(study: Any) -> set[str]:
     found = {event["kind"] for event in study.events}
     assert "failed" not in found, study.events[-1]
-    return found
-
-
-def processes_of(word: str) -> list[str]:
-    """Command lines of living processes whose environment names a private Flower home."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                if f"FLWR_HOME=/tmp/{word}".encode() in (folder / "environ").read_bytes():
-                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
-            except OSError:
-                continue
     return found
 
 
@@ -165,6 +161,24 @@ def test_stopping_takes_the_whole_group_along() -> None:
         time.sleep(0.05)
     assert not alive(child)
     backends._stop(link)  # stopping twice is harmless
+
+
+def test_what_moved_into_a_session_of_its_own_is_found_by_its_private_home(tmp_path: Path) -> None:
+    """And nobody else's processes are, however they are called."""
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    homes = [str(tmp_path / "ours"), str(tmp_path / "ours-too")]
+    ours, theirs = (
+        subprocess.Popen(sleep, env={**os.environ, "FLWR_HOME": home}, start_new_session=True) for home in homes
+    )
+    try:
+        assert backends._carrying(homes[0]) == [ours.pid]
+        backends._sweep(homes[0])
+        assert ours.wait(10) == -signal.SIGTERM
+        assert theirs.poll() is None
+    finally:
+        for process in (ours, theirs):
+            process.kill()
+            process.wait()
 
 
 def alive(pid: int) -> bool:

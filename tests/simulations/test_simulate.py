@@ -103,6 +103,29 @@ def test_what_left_each_site_is_in_its_own_record(study_finished: Any, study_sit
         assert kinds.count("unmask") == stages[site]
 
 
+def test_a_study_that_lost_its_report_makes_it_again_and_asks_for_nothing_private(
+    study_finished: Any, study_copy: Callable[..., Any], study_sites: tuple[str, ...], tmp_path: Path
+) -> None:
+    """As after a kill while the report was written: half a bundle is there, the rounds and the audit are on disk."""
+    study = study_copy(study_finished, tmp_path / "study")
+    before = {site: study.kinds(site) for site in study_sites}
+    cohort = {path: path.read_bytes() for path in study.folder.cohort.rglob("*") if path.is_file()}
+    shutil.rmtree(study.folder.report_json.parent)
+    study.folder.bundle.rename(study.folder.bundle.with_name("bundle.part"))
+    assert study.run()["kind"] == "finished"
+    assert verify(study.folder.bundle, [study.key.public]) == ()
+    assert {site: study.kinds(site) for site in study_sites} == before
+    assert all(path.read_bytes() == body for path, body in cohort.items())
+    parts = [json.loads(s.folder.report_json.read_text(encoding="utf-8"))["evidence"] for s in (study_finished, study)]
+    for name in ("sites", "attacks", "uncovered", "groups"):
+        ours, theirs = (without_traffic(part[name]) for part in parts)
+        assert ours == theirs, name
+
+
+def without_traffic(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in ("bytes_in", "bytes_out")} for row in rows]
+
+
 # -- what it cost ------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +280,7 @@ def test_killed_in_the_middle_of_a_round_and_resumed(
     study_plan: Callable[..., Any], study_sites: tuple[str, ...], tmp_path: Path
 ) -> None:
     """SIGKILL while the third hospital computes: its round costs one spare, everybody else's stored answers are free."""
-    study = study_plan(tmp_path / "killed", "study.core.steps=40", "study.audit.enabled=false")
+    study = study_plan(tmp_path / "killed", "study.core.steps=24", "study.audit.enabled=false")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     with (tmp_path / "first.log").open("wb") as log:
         process = subprocess.Popen(command(study), stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -266,7 +289,7 @@ def test_killed_in_the_middle_of_a_round_and_resumed(
             while digest is None:
                 assert process.poll() is None, (tmp_path / "first.log").read_text(errors="replace")
                 assert time.monotonic() < end
-                time.sleep(0.01)
+                time.sleep(0.05)
                 digest = open_intent(study, DUNE, "core")
             os.kill(process.pid, signal.SIGKILL)
         finally:
