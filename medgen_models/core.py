@@ -216,7 +216,7 @@ class TokenCore(nn.Module):
             gap_GI: hours between a reference and the instance it precedes.
 
         Returns:
-            x̂_GNW, 0 beyond each slot's width; meaningless on tokens that are not noised.
+            x̂_GNW; meaningless on padding and on tokens that are not noised.
         """
         condition_GJE = self._condition(state_GI, time_GI, factor_GIF, gap_GI)
         present_GI = (state_GI != ABSENT).to(x_GNW.dtype)
