@@ -34,6 +34,8 @@ class SiteKeys:
     split: SecretKey
 
 
+PRIVATE_FOLDERS = ("state", "outbox", "cache", "parts")
+
 _FILES: Mapping[str, type[IdentityKey] | type[MaskingKey] | type[SecretKey]] = {
     "identity.key": IdentityKey,
     "masking.key": MaskingKey,
@@ -48,6 +50,8 @@ def make_keys(site_dir: Path) -> SiteKeys:
     Raises:
         ValueError: a key that is there is damaged or readable by others.
     """
+    for folder in PRIVATE_FOLDERS:
+        (site_dir / folder).mkdir(mode=0o700, exist_ok=True)
     for name, kind in _FILES.items():
         if not (site_dir / "keys" / name).exists():
             kind.generate().save(site_dir / "keys" / name)

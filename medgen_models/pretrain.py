@@ -18,13 +18,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from medgen_models.adapters import Trained, add_lora, trainable
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig, TokenCore
 from medgen_models.flow import FlowConfig, Shares, fixed_losses, make_unit_loss, make_units, patient_losses
 from medgen_models.layout import Layout
+from medgen_models.optimizer import PublicOptimizer
 from medgen_models.schema import IMAGE_KINDS, PatientBatch, Schema
 from medgen_models.tokens import TokenBatch
 
@@ -42,21 +43,21 @@ class PretrainConfig:
     Attributes:
         steps, batch: training steps and patients in each.
         vae_steps: training steps of each ``vae`` codec before that.
-        learning_rate: peak of the schedule: linear warm-up, cosine to 5 %.
+        learning_rate, matrix_rate: peaks of the schedule (linear warm-up, cosine to 5 %) for AdamW and for the trunk's
+            matrices; both updates are free of the gradient's scale, so no gradient is clipped.
         warmup: steps of the warm-up.
         average: decay of the running mean of the weights, which is what is kept.
-        grad_clip: bound on the batch gradient norm.
         lora_rank: rank at which the adapters' gradient norm is measured.
         core, flow: model and objective.
     """
 
-    steps: int = 700
-    batch: int = 64
+    steps: int = 1000
+    batch: int = 32
     vae_steps: int = 300
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
+    matrix_rate: float = 2e-2
     warmup: int = 30
     average: float = 0.99
-    grad_clip: float = 1.0
     weight_decay: float = 1e-2
     lora_rank: int = 4
     core: CoreConfig = dataclasses.field(default_factory=CoreConfig)
@@ -265,18 +266,14 @@ def train_core(
     core = TokenCore(layout, config.core, generator)
     params = list(core.parameters())
     mean = [p.detach().clone() for p in params]
-    optimizer = torch.optim.AdamW(
-        params, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = PublicOptimizer(core, config.matrix_rate, config.learning_rate, config.weight_decay)
     for step in range(config.steps):
         rows = torch.randint(len(tokens), (config.batch,), generator=generator)
         units = make_units(tokens.select(rows), layout, config.flow, generator)
         loss = patient_losses(core, units, core.onehot_NI, config.flow.cap).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(params, config.grad_clip, foreach=True)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * _schedule(step, config)
-        optimizer.step()
+        optimizer.step(_schedule(step, config))
         # The running mean forgets its start faster while it is young, so that short runs keep no initial weights.
         decay = min(config.average, (1.0 + step) / (10.0 + step))
         torch._foreach_lerp_(mean, [p.detach() for p in params], 1.0 - decay)

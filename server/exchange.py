@@ -28,6 +28,7 @@ from server.events import EventLog
 
 BODY = "body"
 POLL_S = 0.5
+QUIET_S = 10.0  # a node that refused the roll call will not become a site by waiting
 UNAVAILABLE = Refusal("SITE_UNAVAILABLE")
 
 
@@ -46,7 +47,7 @@ class Exchange:
         return tuple(sorted(self._nodes))
 
     def discover(self, study: str, expected: Sequence[str]) -> dict[str, Capabilities]:
-        """Call the roll until every expected site has answered or the deadline has passed.
+        """Call the roll until every expected site has answered, nothing new comes any more, or the deadline has passed.
 
         A node that answers under a name outside ``expected``, or under a name already taken, is ignored: the study
         addresses its own sites and never "whoever is connected".
@@ -54,14 +55,17 @@ class Exchange:
         found: dict[str, Capabilities] = {}
         asked: set[int] = set()
         end = time.monotonic() + self._deadline_s
+        news = time.monotonic()
         while True:
             fresh = [node for node in self._grid.get_node_ids() if node not in asked]
             asked |= set(fresh)
+            news = time.monotonic() if fresh else news
             for node, reply in self._send({node: CapabilitiesRequest(study) for node in fresh}).items():
                 if isinstance(reply, Capabilities) and reply.site in expected and reply.site not in found:
                     found[reply.site] = reply
                     self._nodes[reply.site] = node
-            if len(found) == len(expected) or time.monotonic() > end:
+            quiet = bool(found) and time.monotonic() - news > QUIET_S
+            if len(found) == len(expected) or quiet or time.monotonic() > end:
                 break
             time.sleep(POLL_S)
         self._events.write("roll-call", found=sorted(found), missing=sorted(set(expected) - set(found)))

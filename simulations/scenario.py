@@ -34,8 +34,8 @@ class PublicConfig(_Public):
     patients: int = Field(default=600, ge=8)
     reference: int = Field(default=300, ge=8)
     seed: int = 7
-    steps: int = Field(default=700, ge=1)
-    batch: int = Field(default=64, ge=1)
+    steps: int = Field(default=1000, ge=1)
+    batch: int = Field(default=32, ge=1)
     codec_steps: int = Field(default=300, ge=1)
 
 

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import torch
+
+from medgen_models.core import TokenCore
+from medgen_models.optimizer import PublicOptimizer, orthogonalise
+
+
+def test_orthogonalise_keeps_directions_and_levels_singular_values() -> None:
+    x = torch.randn(3, 24, 12, generator=torch.Generator().manual_seed(0))
+    out = orthogonalise(x)
+    assert out.shape == x.shape
+    values = torch.linalg.svdvals(out)
+    assert 0.6 < float(values.min())
+    assert float(values.max()) < 1.3
+    torch.testing.assert_close(orthogonalise(x * 100.0), out, atol=1e-3, rtol=1e-3)
+    assert float(orthogonalise(torch.zeros(1, 4, 4)).abs().max()) == 0.0
+
+
+def test_every_parameter_is_stepped_once_and_downhill(models_core: TokenCore) -> None:
+    optimizer = PublicOptimizer(models_core, matrix_rate=1e-2, rate=1e-2, weight_decay=0.0)
+    adam = [p for group in optimizer.adam.param_groups for p in group["params"]]
+    assert {id(p) for p in adam} | {id(p) for p in optimizer.matrices} == {id(p) for p in models_core.parameters()}
+    assert len(adam) + len(optimizer.matrices) == len(list(models_core.parameters()))
+    before = [p.detach().clone() for p in models_core.parameters()]
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = torch.stack([p.square().sum() for p in models_core.parameters()]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step(1.0)
+        losses.append(float(loss.detach()))
+    assert losses[2] < losses[0]
+    assert all(not torch.equal(a, b) for a, b in zip(before, models_core.parameters(), strict=True))
+
+
+def test_share_zero_changes_nothing(models_core: TokenCore) -> None:
+    optimizer = PublicOptimizer(models_core, matrix_rate=1e-2, rate=1e-2, weight_decay=0.0)
+    before = [p.detach().clone() for p in models_core.parameters()]
+    torch.stack([p.square().sum() for p in models_core.parameters()]).sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step(0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, models_core.parameters(), strict=True))
