@@ -37,6 +37,8 @@ _TRIGGERS = tuple(
     for verb in ("UPDATE", "DELETE")
 )
 
+READER_TRIES = 3
+
 
 class SpendFile:
     """Open with :meth:`open`; close it, or use it in a ``with`` statement."""
@@ -141,9 +143,22 @@ class SpendFile:
             raise LedgerError(
                 "foreign", f"{self.path} is not the ledger of site {site}", "put that site's own file here"
             )
-        if self._check_mirror() and writable:
+        if self._mirror_is_behind(writable) and writable:
             with _storage_errors(self.path):
                 self._write_mirror()
+
+    def _mirror_is_behind(self, writable: bool) -> bool:
+        """Compare with the mirror. A reader holds no lock: a row written since it read the rows looks like a rollback, so
+        it reads them again before it believes that.
+        """
+        for _ in range(0 if writable else READER_TRIES):
+            try:
+                return self._check_mirror()
+            except LedgerError as error:
+                if error.fault != "rolled back":
+                    raise
+                self._load()
+        return self._check_mirror()
 
     def _has_table(self) -> bool:
         with _storage_errors(self.path):

@@ -93,6 +93,14 @@ def times_asked(session: Session) -> int:
 
 
 def decode(plan: StudyPlan, values: np.ndarray, sites: tuple[str, ...], outcome: str) -> AuditResult:  # type: ignore[type-arg]
+    """The summed vector as counts per attack; sums that no honest sites can have sent are no result, and said to be none."""
+    try:
+        return _decode(plan, values, sites, outcome)
+    except ValueError:
+        return AuditResult((), None, sites, 1, "the summed counts contradict themselves, so a site sent nonsense")
+
+
+def _decode(plan: StudyPlan, values: np.ndarray, sites: tuple[str, ...], outcome: str) -> AuditResult:  # type: ignore[type-arg]
     """The summed vector as counts per attack, in the order of the plan."""
     trials = sum(plan.audit.trials or plan.roster[site].held_out_decl for site in sites)
     numbers = [round(float(value)) for value in values]

@@ -6,6 +6,11 @@ prepared folders are never touched: each test works on its own copy. PET has two
 
 from __future__ import annotations
 
+import os
+
+# Before torch is imported: idle worker threads sleep, which on shared cores is worth an order of magnitude.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import dataclasses
 import functools
 import hashlib
