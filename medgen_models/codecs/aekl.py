@@ -28,6 +28,7 @@ class AeklCodec:
     """Codec of an image slot.
 
     Attributes:
+        shape: raw shape.
         tokens, width: layout of the latent.
         net: the autoencoder, in evaluation mode.
         config: its constructor arguments.
@@ -35,6 +36,7 @@ class AeklCodec:
         scale_R: public deviation of each latent number.
     """
 
+    shape: tuple[int, ...]
     tokens: int
     width: int
     net: nn.Module
@@ -77,7 +79,7 @@ class AeklCodec:
             raise ValueError(
                 f"slot {slot.name}: the latent {grid} has {latent} numbers, tokens * width is {slot.tokens * slot.width}; change them"
             )
-        return AeklCodec(slot.tokens, slot.width, net, config, grid, torch.ones(latent))
+        return AeklCodec(slot.shape, slot.tokens, slot.width, net, config, grid, torch.ones(latent))
 
     @staticmethod
     def from_tensors(slot: Slot, tensors: dict[str, Tensor]) -> AeklCodec:
@@ -108,7 +110,8 @@ class AeklCodec:
     def decode(self, z_BTW: Tensor) -> Tensor:
         """(B, T, W) to (B, *shape)."""
         latent = (z_BTW.flatten(1) * self.scale_R).reshape(-1, *self.grid)
-        return torch.cat([self.net.decode(part)[:, 0] for part in pieces(latent, 4)])  # type: ignore[operator]
+        parts = [self.net.decode(part)[:, 0] for part in pieces(latent, 4)]  # type: ignore[operator]
+        return torch.cat(parts) if parts else torch.zeros(0, *self.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, scale, and the configuration as UTF-8 bytes."""

@@ -180,7 +180,8 @@ class VaeCodec:
             optimizer.param_groups[0]["lr"] = rate * share * min(1.0, (step + 1) / 20)
             optimizer.step()
         with torch.no_grad():
-            spread = net.posterior(x_BD)[0].std(dim=0).clamp_min(0.05)
+            latent = torch.cat([net.posterior(part)[0] for part in pieces(x_BD, 128)])
+            spread = latent.std(dim=0).clamp_min(0.05)
         net.requires_grad_(False)
         return dataclasses.replace(codec, scale_R=spread)
 
