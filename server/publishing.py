@@ -247,6 +247,10 @@ def _groups(session: Session) -> tuple[Group, ...]:
         names |= {f"mean/{slot}" for slot in plan.recentre.slots}
     if plan.codec is not None:
         names |= {f"codec/{slot}" for slot in plan.codec.slots}
+    opened: Counter[str] = Counter()
+    for stage in session.dp.stages:
+        for number in session.checkpoints.rounds(stage.name):
+            opened.update(session.checkpoints.load(stage.name, number).facts["groups"].keys())
     found = []
     for name in sorted(names):
         owners, how = plan.owners(name), plan.exchange(name)
@@ -263,7 +267,8 @@ def _groups(session: Session) -> tuple[Group, ...]:
                     "frozen",
                     f"{len(owners)} owners are fewer than {plan.min_cohort(name)}: public weights kept.",
                 )
-        found.append(Group.model_validate({"group": name, "status": status, "sites": owners, "reason": reason}))
+        entry = {"group": name, "status": status, "sites": owners, "rounds": opened[name], "reason": reason}
+        found.append(Group.model_validate(entry))
     return tuple(found)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import torch
-from medgen_models.codecs.text import hash_encode
 
 from client.records.config import NotesSource
 from client.records.draft import Draft
 from client.records.tables import name_strangers, name_unknown, rows_and_visits
+from medgen_models.codecs.text import hash_encode
 from medgen_models.schema import Slot
 
 
