@@ -382,7 +382,9 @@ def test_replies_over_bad_records_say_nothing_about_them(
         else:
             assert len(reply) == len(sound[name]), name
             assert re.sub(rb"[0-9a-f]{64}", b"", words) == re.sub(rb"[0-9a-f]{64}", b"", header(sound[name]))
-        found = [word for word in ANY_SITE_SPEAKS_OF if re.search(word, words.replace(b"task_digest", b""))]
+        # Keys and digests are random hexadecimal text, in which any three digits may stand.
+        plain = re.sub(rb"[0-9a-f]{16,}", b"", words.replace(b"task_digest", b""))
+        found = [word for word in ANY_SITE_SPEAKS_OF if re.search(word, plain)]
         assert not found, (name, found)
         assert damaged.name.encode() not in reply
     account = {stage.name: (stage.intents, stage.commits) for stage in study.ledger(ALDER).stages}
