@@ -210,7 +210,9 @@ def test_a_site_may_sit_out_with_any_bad_record(known: Any, study_edit: Callable
     plant_bad_input(known.site(SITE), "nan-volume")
     assert isinstance(known.send(SITE, known.task()), MaskedAnswer)  # the default: a null patient
     study_edit(known, 'bad_record = "null"', 'bad_record = "refuse"', SITE)
+    charged = {stage.name: stage.intents for stage in known.ledger(SITE).stages}
     assert known.send(SITE, known.task(attempt=1)).code == "SITE_UNAVAILABLE"
+    assert {stage.name: stage.intents for stage in known.ledger(SITE).stages} == charged  # refused before the charge
 
 
 def test_annealing_is_public_and_ends_at_a_quarter() -> None:
