@@ -1,18 +1,25 @@
-"""The benchmarks by name, and how the command line runs one."""
+"""The benchmarks by name, and how the command line runs one.
+
+A benchmark either reads a finished run (``--run FOLDER``) or stands alone. A new one is a line in :data:`READS_A_RUN` or
+:data:`STANDS_ALONE` and a case in :func:`_read` or :func:`_stand_alone`; its module offers ``run``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 
 from simulations.benchmarks.runner import BenchResult, print_result, write_json
 
-ABOUT: Mapping[str, str] = {
+READS_A_RUN: Mapping[str, str] = {
     "correlations": "images against rows of a finished run of generated hospitals (--run)",
     "icu": "mortality classifier trained on a finished icu run's cohort, tested on real held-out stays (--run)",
     "stages": "seconds, bytes and memory of each stage of a finished run (--run)",
+}
+STANDS_ALONE: Mapping[str, str] = {
+    "accounting": "epsilon of fifty random schedules against an independent composition; time of a query",
 }
 
 
@@ -20,7 +27,7 @@ def run_benchmark(name: str, run: Path | None, json: Path | None) -> int:
     """Run one benchmark, print it, write its JSON; 1 if it could not run, 2 if a bar does not hold."""
     console = Console(soft_wrap=True)
     if name == "list":
-        for known, about in ABOUT.items():
+        for known, about in sorted({**READS_A_RUN, **STANDS_ALONE}.items()):
             console.print(f"  {known:<14} {about}")
         return 0
     try:
@@ -36,24 +43,44 @@ def run_benchmark(name: str, run: Path | None, json: Path | None) -> int:
 
 
 def _measure(name: str, run: Path | None) -> BenchResult:
-    if name not in ABOUT:
-        raise ValueError(f"no benchmark {name!r}; known are {', '.join(ABOUT)}")
-    if run is None:
-        raise ValueError(f"benchmark {name} reads a finished run: give --run FOLDER")
-    runner: Callable[[Path], BenchResult]
+    if name in READS_A_RUN:
+        if run is None:
+            raise ValueError(f"benchmark {name} reads a finished run: give --run FOLDER")
+        return _read(name, run)
+    if name in STANDS_ALONE:
+        if run is not None:
+            raise ValueError(f"benchmark {name} stands alone and reads no run: leave --run out")
+        return _stand_alone(name)
+    raise ValueError(f"no benchmark {name!r}; known are {', '.join(sorted({**READS_A_RUN, **STANDS_ALONE}))}")
+
+
+def _read(name: str, run: Path) -> BenchResult:
+    """A benchmark of a finished run; each is imported only when it is asked for."""
     match name:
         case "correlations":
             from simulations.benchmarks import correlations
 
-            runner = correlations.run
+            return correlations.run(run)
         case "icu":
             from simulations.benchmarks import icu
             from simulations.scenario import Scenario
 
             data = Path(Scenario.model_validate_json((run / "scenario.json").read_bytes()).hospitals.data)
             return icu.run(run, data)
-        case _:
+        case "stages":
             from simulations.benchmarks import stages
 
-            runner = stages.run
-    return runner(run)
+            return stages.run(run)
+        case _:
+            raise ValueError(f"benchmark {name!r} is listed and has no case here")
+
+
+def _stand_alone(name: str) -> BenchResult:
+    """A benchmark that needs nothing but the code; each is imported only when it is asked for."""
+    match name:
+        case "accounting":
+            from simulations.benchmarks import accounting
+
+            return accounting.run()
+        case _:
+            raise ValueError(f"benchmark {name!r} is listed and has no case here")
