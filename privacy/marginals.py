@@ -76,8 +76,8 @@ def noisy_marginals(
     for query in tables:
         if not query or len(set(query)) != len(query) or not all(0 <= column < len(domain) for column in query):
             raise ValueError(f"Expected distinct columns below {len(domain)} in every table, got {query}")
-    std = _std(sigma, marginals_sensitivity(len(tables)))
-    return {query: _noised(count_table(codes, domain, query), std, noise) for query in tables}
+    sensitivity = marginals_sensitivity(len(tables))
+    return {query: gaussian_mechanism(count_table(codes, domain, query), sensitivity, sigma, noise) for query in tables}
 
 
 def clip_rows(vectors_BD: ArrayLike, bound: float) -> NDArray[np.float64]:
@@ -101,15 +101,24 @@ def bounded_mean_sum(vectors_BD: ArrayLike, bound: float, sigma: float, noise: N
     two noised parts. The sum is divided by public numbers only.
     """
     clipped = clip_rows(vectors_BD, bound)
-    return _noised(clipped.sum(axis=0), _std(sigma, bound), noise)
+    return gaussian_mechanism(clipped.sum(axis=0), bound, sigma, noise)
 
 
-def _std(sigma: float, sensitivity: float) -> float:
+def gaussian_mechanism(
+    values: NDArray[np.float64], sensitivity: float, sigma: float, noise: NoiseSource
+) -> NDArray[np.float64]:
+    """Exact values plus N(0, (sigma * sensitivity)²) on each, on the public grid; sigma 0 returns them exact.
+
+    The only place where statistics are noised. Parts of one answer may pass one after another, each with the
+    sensitivity of the *whole* answer: together they are one Gaussian release (Dwork and Roth (2014), appendix A).
+
+    Raises:
+        ValueError: ``sigma`` is negative or not finite, or the sensitivity is not positive.
+    """
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"Expected a finite noise multiplier sigma={sigma} >= 0")
-    return sigma * sensitivity
-
-
-def _noised(values: NDArray[np.float64], std: float, noise: NoiseSource) -> NDArray[np.float64]:
+    if not 0 < sensitivity < math.inf:
+        raise ValueError(f"Expected a finite sensitivity={sensitivity} > 0")
+    std = sigma * sensitivity
     drawn = noise.gaussian(values.shape, std, dtype=torch.float64)
     return np.asarray(to_grid(torch.from_numpy(values) + drawn, std).numpy(), dtype=np.float64)
