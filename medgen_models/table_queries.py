@@ -21,9 +21,10 @@ F64 = NDArray[np.float64]
 def default_queries(schema: Schema, domain: Sequence[int], pairs: Sequence[Query] | None = None) -> tuple[Query, ...]:
     """All one-way tables, then two-way tables: ``pairs`` if given, else chosen by rule from the schema.
 
-    The rule, in this order, until there are twice as many pairs as columns: presence of instances of one slot, and of a
-    reference and what it precedes; the outcome and the column of a factor with every table column; presence with the
-    column of its factor; neighbours in the order of columns. It reads no patient.
+    The rule, in this order: presence of instances of one slot, and of a reference and what it precedes; the outcome and
+    the column of a factor with every table column; presence with the column of its factor; neighbours in the order of
+    columns. It stops when there are as many pairs as columns: a patient is then in at most twice as many tables as there
+    are columns, and the noise on every cell grows with the root of that number. It reads no patient.
 
     Raises:
         ValueError: the domain has another number of columns than the schema, or a pair is none.
@@ -33,7 +34,7 @@ def default_queries(schema: Schema, domain: Sequence[int], pairs: Sequence[Query
     if len(domain) != columns:
         raise ValueError(f"domain: expected {columns} columns, got {len(domain)}; use encode_rows of the same schema")
     if pairs is None:
-        pairs = _pairs_by_rule(schema)[: 2 * columns]
+        pairs = _pairs_by_rule(schema)[:columns]
     for pair in pairs:
         if len(pair) != 2 or not 0 <= pair[0] < pair[1] < columns:
             raise ValueError(f"pair {pair}: expected two columns in ascending order below {columns}")

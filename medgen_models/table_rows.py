@@ -1,7 +1,8 @@
 """Rows as codes and back: every table column and the presence of every record as a level of a public vocabulary.
 
-A numeric column becomes one of ``bins`` equal-width public bins, a categorical one its category, and both have a last
-level *missing*: absence is modelled, not repaired. Every image, series and text instance adds a presence column
+A numeric column becomes one of ``bins`` equal-width public bins, whose outer two take whatever lies beyond the range; a
+categorical one its category, or the one called *other* if the schema declares it; and both have a last level *missing*:
+absence is modelled, not repaired. Every image, series and text instance adds a presence column
 (``@mri.a``) with the levels ``absent | present``, or ``absent`` and one level per value of the factors that vary there
 without a table column saying so (the sequence of an MRI). Nothing here is learned from patients: the vocabulary follows
 from the schema and a public number of bins.
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from medgen_models.schema import Factor, Instance, PatientBatch, Schema, Slot, unscale
 
-ABSENT, PRESENT, MISSING = "absent", "present", "missing"
+ABSENT, PRESENT, MISSING, OTHER = "absent", "present", "missing", "other"
 
 GAP_HOURS = (12.0, 36.0)
 """Public range from which the hours between a reference and the instance it precedes are drawn, uniformly."""
@@ -95,10 +96,11 @@ def variables(schema: Schema, bins: int) -> tuple[Variable, ...]:
 
 
 def encode_rows(schema: Schema, batch: PatientBatch, bins: int) -> RowCodes:
-    """One row of codes per patient: the first visit that exists.
+    """One row of codes per patient, by a public rule: the first visit that exists.
 
-    A table that is not present is a table with every value missing. Values outside the public range fall into the
-    nearest bin, values that are no number are missing; no patient makes this function fail.
+    A table that is not present is a table with every value missing. Numbers beyond the public range fall into the
+    nearest bin, numbers of no category are *other* where the column has such a category and missing where it has none,
+    values that are no number are missing; no patient makes this function fail.
 
     Args:
         schema: the study's schema.
@@ -122,8 +124,13 @@ def encode_rows(schema: Schema, batch: PatientBatch, bins: int) -> RowCodes:
         for c, column in enumerate(table.columns):
             levels = len(columns[c].levels) - 1
             safe_B = np.where(known_BC[:, c], values_BC[:, c], 0.0)
-            code_B = np.floor((safe_B + 1.0) / 2.0 * levels) if column.kind == "numeric" else np.rint(safe_B)
-            codes_BC[:, c] = np.where(known_BC[:, c], np.clip(code_B, 0, levels - 1), levels).astype(np.int64)
+            if column.kind == "numeric":
+                code_B = np.clip(np.floor((safe_B + 1.0) / 2.0 * levels), 0, levels - 1)
+            else:
+                strange = column.categories.index(OTHER) if OTHER in column.categories else levels
+                code_B = np.rint(safe_B)
+                code_B = np.where((code_B >= 0) & (code_B < levels), code_B, strange)
+            codes_BC[:, c] = np.where(known_BC[:, c], code_B, levels).astype(np.int64)
     for c, (i, slot, instance) in enumerate(recorded_instances(schema), start=len(schema.table_columns())):
         code_B, known_B = np.zeros(len(batch), np.int64), np.ones(len(batch), bool)
         for factor in free_factors(slot, instance):

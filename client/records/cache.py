@@ -23,7 +23,7 @@ from client.records.problems import Problem
 from medgen_models.batches import batch_from_bytes, batch_to_bytes
 from medgen_models.schema import PatientBatch, Schema
 
-VERSION = b"medgen records cache 1"
+VERSION = b"medgen records cache 2"
 """Raised whenever a reader's arithmetic changes, so that older caches do not open."""
 
 NONCE_BYTES = 12

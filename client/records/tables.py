@@ -18,6 +18,7 @@ from client.records.config import TableSource
 from client.records.draft import Draft
 from client.records.problems import BadRecord, Problem, short
 from medgen_models.schema import Column, Slot, scale
+from medgen_models.table_rows import OTHER
 
 MISSING = frozenset({"", "n/a", "na", "nan", "null", "none", "<na>", "nat"})
 """Spellings of "not recorded", compared in lower case; ``n/a`` is the one of BIDS."""
@@ -112,7 +113,7 @@ def read_table(path: Path, name: str, required: tuple[str, ...]) -> pd.DataFrame
 
 
 def parse_column(cells: pd.Series[str], column: Column) -> tuple[np.ndarray, list[Cell]]:
-    """One column of text as numbers in the schema's terms.
+    """One column of text as numbers in the schema's terms; a category that is not listed is *other* where that is one.
 
     Returns:
         float32 values, one per row: scaled to [-1, 1] (numeric) or the category's index; NaN where missing or bad; and
@@ -124,6 +125,8 @@ def parse_column(cells: pd.Series[str], column: Column) -> tuple[np.ndarray, lis
         index = {level: float(i) for i, level in enumerate(column.categories)}
         values = cells.map(lambda cell: column.aliases.get(cell, cell)).map(index).to_numpy(dtype=np.float64)
         bad = np.isnan(values) & ~empty
+        if OTHER in index:
+            return np.where(empty, np.nan, np.where(bad, index[OTHER], values)).astype(np.float32), []
         rule = f"one of {', '.join(column.categories)}"
         remedy = "correct it, or ask the study to add the level or an alias"
         found = [Cell(int(row), str(cells.iloc[row]), rule, remedy) for row in np.flatnonzero(bad)]
@@ -138,6 +141,14 @@ def parse_column(cells: pd.Series[str], column: Column) -> tuple[np.ndarray, lis
         found.append(Cell(int(row), str(cells.iloc[row]), rule, "check the unit, correct it or leave the cell empty"))
     values = np.where(empty | odd | outside, np.nan, scale(numbers, column.low, column.high))
     return values.astype(np.float32), found
+
+
+def strange(cells: pd.Series[str], values: np.ndarray, column: Column) -> int:
+    """How many cells :func:`parse_column` took as the category *other* without their saying so."""
+    if OTHER not in column.categories:
+        return 0
+    named = cells.map(lambda cell: column.aliases.get(cell, cell)) == OTHER
+    return int(((values == column.categories.index(OTHER)) & ~named.to_numpy(dtype=bool)).sum())
 
 
 def source_names(slot: Slot, renames: dict[str, str], present: list[str]) -> dict[str, str]:
@@ -238,6 +249,9 @@ def read_slot(
         c = [column.name for column in slot.columns].index(column_name)
         values, bad = parse_column(cells[source_name], slot.columns[c])
         values_BVC[torch.from_numpy(row[used]), torch.from_numpy(visit[used]), c] = torch.from_numpy(values)
+        draft.counts[f"{slot.name}.{column_name}: values of no category, taken as {OTHER}"] += strange(
+            cells[source_name], values, slot.columns[c]
+        )
         for cell in bad:
             patient = int(row[used[cell.row]])
             draft.fail(patient, Problem(file, source_name, short(cell.value), cell.rule, cell.remedy))

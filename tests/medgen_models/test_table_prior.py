@@ -126,10 +126,19 @@ def test_null_patients_unknown_levels_and_odd_values_never_fail() -> None:
     batch.present_BVI[3, 0, keys.index("ehr")] = False
     codes = encode_rows(SCHEMA, batch, 4).codes_BC
     assert (codes[0] == -1).all()
-    assert codes[1].tolist() == [4, 1, 2, -1, 0, 0, 0, 0, 0]
-    assert codes[2].tolist() == [3, 0, 1, 0, 0, 0, 0, 0, 0]
+    assert codes[1].tolist() == [4, 2, 2, -1, 0, 0, 0, 0, 0]  # 7 is no category of a column without "other": missing
+    assert codes[2].tolist() == [3, 2, 1, 0, 0, 0, 0, 0, 0]
     assert codes[3].tolist() == [4, 2, 2, 0, 0, 0, 0, 0, 0]
     assert encode_rows(SCHEMA, batch.select([]), 4).codes_BC.shape == (0, len(NAMES))
+
+
+def test_numbers_of_no_category_are_other_where_the_study_has_such_a_category() -> None:
+    columns = (Column(name="ward", kind="categorical", categories=("other", "surgery")),)
+    schema = Schema(name="one", slots=(Slot(name="ehr", kind="table", codec="table", columns=columns),))
+    batch = PatientBatch.empty(schema, 4)
+    batch.visit_BV[:] = batch.present_BVI[:] = True
+    batch.values["ehr"][:, 0, 0] = torch.tensor([1.0, 5.0, -1.0, float("nan")])
+    assert encode_rows(schema, batch, 4).codes_BC[:, 0].tolist() == [1, 0, 0, 2]
 
 
 def test_the_first_visit_that_exists_is_coded() -> None:
@@ -176,12 +185,12 @@ def test_public_positions_give_a_skewed_column_its_shape_back() -> None:
 # --- which tables
 
 
-def test_default_queries_hold_every_column_and_at_most_two_pairs_a_column() -> None:
+def test_default_queries_hold_every_column_and_at_most_two_tables_a_column() -> None:
     domain = encode_rows(SCHEMA, PatientBatch.empty(SCHEMA, 0), 4).domain
     queries = default_queries(SCHEMA, domain)
     assert queries[: len(domain)] == tuple((c,) for c in range(len(domain)))
     pairs = queries[len(domain) :]
-    assert len(set(pairs)) == len(pairs) <= 2 * len(domain)
+    assert len(set(queries)) == len(queries) <= 2 * len(domain)
     assert all(a < b < len(domain) for a, b in pairs)
     named = {(NAMES[a], NAMES[b]) for a, b in pairs}
     assert {("@mri.a", "@mri.b"), ("@cxr.current", "@cxr.prior"), ("age", "died"), ("disease", "@mri.a")} <= named

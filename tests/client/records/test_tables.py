@@ -96,6 +96,17 @@ def test_the_sites_own_names(site: Any) -> None:
     assert records.members.values["ehr"][0, 0].tolist() == pytest.approx([-0.6, 0.0, 2.0])
 
 
+def test_a_value_of_no_category_is_other_where_the_study_has_that_category(site: Any) -> None:
+    """The vocabulary stays the public one; nobody becomes null, and the site is told how many there were."""
+    site.participants("1", "2", "3")
+    named = ("gout", "other", "")
+    site.table("ehr.csv", [row | {"pathology": name} for row, name in zip(ROWS, named, strict=True)])
+    records = site.load("ehr")
+    assert not [p for p in records.problems if p.patient]
+    assert records.members.values["ehr"][:, 0, 2].nan_to_num(9).tolist() == [2.0, 2.0, 9.0]
+    assert records.counts["ehr.pathology: values of no category, taken as other"] == 1
+
+
 def test_two_rows_of_one_patient(site: Any) -> None:
     site.participants("1", "2", "3")
     site.table("ehr.csv", [*ROWS, ROWS[0]])
