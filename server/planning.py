@@ -6,7 +6,6 @@ norms, the bound of the recentring query, which pairs of columns to count). No p
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from privacy.boundary.plan import (
     Table,
     Training,
 )
+from privacy.marginals import marginals_sensitivity
 from privacy.plan import DPPlan, QueryStage, TrainingStage, largest_delta
 from server.study import StudyConfig, TrainingConfig
 
@@ -118,7 +118,7 @@ def dp_plan(config: StudyConfig, schema: Schema, facts: PublicFacts) -> DPPlan:
             QueryStage(
                 name=MARGINALS,
                 sigma=config.table.sigma,
-                sensitivity=math.sqrt(len(facts.marginals)),
+                sensitivity=marginals_sensitivity(len(facts.marginals)),
                 spare_rounds=config.table.spare_rounds,
             )
         )
