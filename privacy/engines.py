@@ -1,4 +1,4 @@
-"""Three ways to the gradient of every unit by itself: ``vmap``, ``loop`` and Opacus's ``hooks``.
+"""Four ways to the gradient of every unit by itself: ``expand``, ``vmap``, ``loop`` and Opacus's ``hooks``.
 
 Stage: below :mod:`privacy.gradients`, which chooses, chunks and silences. These functions only differentiate.
 
@@ -58,6 +58,27 @@ def vmap_gradients(unit_loss: UnitLoss, params: Params, units: Units) -> tuple[d
     with torch.no_grad():  # the inner transform differentiates all the same; no outer graph through frozen layers
         gradients, losses = step(dict(params), dict(units))
     return gradients, losses
+
+
+def expand_gradients(unit_loss: UnitLoss, params: Params, units: Units) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients (B, *shape) and losses (B,) by one ordinary backward pass through B views of every parameter.
+
+    Each unit reads its own view of the weights (``expand``: no copy), so the gradient of the summed losses by the views is
+    every unit's own gradient. Only the forward pass is vectorised; the backward pass is plain autograd, which is faster than
+    differentiating inside ``vmap`` for linear layers. Convolutions run as one group per unit.
+    """
+    size = batch_size(units)
+    with torch.enable_grad():
+        views = {name: value.detach().expand(size, *value.shape).requires_grad_() for name, value in params.items()}
+        losses = torch.func.vmap(unit_loss, in_dims=(0, 0), randomness="error")(views, dict(units))
+        found: tuple[Tensor | None, ...] = (None,) * len(views)
+        if losses.requires_grad:  # otherwise no unit touches a parameter: every gradient is zero
+            found = torch.autograd.grad(losses.sum(), list(views.values()), allow_unused=True)
+    gradients = {
+        name: torch.zeros(view.shape, dtype=view.dtype, device=view.device) if gradient is None else gradient
+        for (name, view), gradient in zip(views.items(), found, strict=True)
+    }
+    return gradients, losses.detach()
 
 
 def loop_gradients(unit_loss: UnitLoss, params: Params, units: Units) -> tuple[dict[str, Tensor], Tensor]:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 KEY_BYTES = 32
-BLOCK_VALUES = 1 << 18  # Gaussians made at once: the working arrays stay near the processor
+BLOCK_VALUES = 1 << 15  # Gaussians made at once: the working arrays stay in the processor's cache
 GRID_BITS = 20  # grid step: between 2^-20 and 2^-21 of the noise's standard deviation
 
 
@@ -55,6 +55,10 @@ class NoiseSource(Protocol):
 
     def uniform(self, n: int) -> NDArray[np.float64]:
         """``n`` independent values in [0, 1), multiples of 2^-53."""
+        ...
+
+    def words(self, n: int) -> NDArray[np.uint64]:
+        """``n`` independent uniform 64-bit words, for samplers that count in integers."""
         ...
 
     def torch_generator(self) -> torch.Generator:
@@ -100,6 +104,12 @@ class ChaChaNoise:
     def _words(self, n: int) -> NDArray[np.uint64]:
         return self._bytes(8 * n).view("<u8").astype(np.uint64, copy=False)
 
+    def words(self, n: int) -> NDArray[np.uint64]:
+        """``n`` independent uniform 64-bit words."""
+        if n < 0:
+            raise ValueError(f"Expected n={n} >= 0")
+        return self._words(n)
+
     def uniform(self, n: int) -> NDArray[np.float64]:
         """``n`` independent values in [0, 1), multiples of 2^-53.
 
@@ -110,14 +120,20 @@ class ChaChaNoise:
             raise ValueError(f"Expected n={n} >= 0")
         return (self._words(n) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-    def _normal(self, n: int) -> NDArray[np.float64]:
-        """Standard normal values, Box and Muller (1958): r = sqrt(-2 ln u), (r cos t, r sin t), t uniform on a turn."""
+    def _normal(self, n: int) -> Tensor:
+        """Standard normal values, Box and Muller (1958): r = sqrt(-2 ln u), (r cos t, r sin t), t uniform on a turn.
+
+        numpy turns words into numbers exactly; torch's vectorised log, cos and sin take a third of numpy's time.
+        """
         pairs = (n + 1) // 2
         words = self._words(2 * pairs)
         # (k + 1/2) / 2^64 lies in (0, 1]: never 0, and 2^-65 at the least, which reaches 9.49 deviations
-        radius = np.sqrt(-2.0 * np.log((words[:pairs].astype(np.float64) + 0.5) * 2.0**-64))
-        angle = (words[pairs:] >> np.uint64(11)).astype(np.float64) * (2.0**-53 * 2.0 * math.pi)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]
+        radius = torch.from_numpy((words[:pairs].astype(np.float64) + 0.5) * 2.0**-64).log_().mul_(-2.0).sqrt_()
+        angle = torch.from_numpy((words[pairs:] >> np.uint64(11)).astype(np.float64)).mul_(2.0**-53 * 2.0 * math.pi)
+        out = torch.empty(2 * pairs, dtype=torch.float64)
+        torch.cos(angle, out=out[:pairs]).mul_(radius)
+        torch.sin(angle, out=out[pairs:]).mul_(radius)
+        return out[:n]
 
     def gaussian(self, shape: Sequence[int], std: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """Independent N(0, std²) values of this shape, made in float64 and rounded once to ``dtype``.
@@ -135,7 +151,7 @@ class ChaChaNoise:
         flat = out.view(-1)
         for start in range(0, flat.numel(), BLOCK_VALUES):
             part = flat[start : start + BLOCK_VALUES]
-            part.copy_(torch.from_numpy(self._normal(part.numel()) * std))
+            part.copy_(self._normal(part.numel()).mul_(std))
         return out
 
     def torch_generator(self) -> torch.Generator:

@@ -33,7 +33,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from privacy.engines import flat_rows
-from privacy.gradients import ProvedHooks, Speed, UnitLoss, batch_size, per_patient_gradients, unit_norms
+from privacy.gradients import ProvedHooks, Speed, UnitLoss, batch_size, raw_gradients, unit_norms
 from privacy.noise import NoiseSource, to_grid
 from privacy.stages import TrainingStage
 
@@ -75,26 +75,40 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
             loss_reduction="mean",
         )
         self._noise = noise
+        self._losses: Tensor | None = None
 
-    def accumulate(self, gradients: Mapping[str, Tensor], named: Mapping[str, nn.Parameter]) -> None:
-        """Clip these patients' gradients (B, *shape) and add them to the sums."""
+    def accumulate(
+        self, gradients: Mapping[str, Tensor], named: Mapping[str, nn.Parameter], losses: Tensor | None = None
+    ) -> None:
+        """Clip these patients' gradients (B, *shape) and add them to the sums.
+
+        A patient whose gradient, or whose entry of ``losses`` (B,), is not finite adds exactly zero.
+        """
         for name, parameter in named.items():
             parameter.grad_sample = gradients[name]  # type: ignore[attr-defined]  # Opacus's protocol
+        self._losses = losses
         try:
             self.clip_and_accumulate()
         finally:
+            self._losses = None
             for parameter in named.values():
                 parameter.grad_sample = None  # type: ignore[attr-defined]
 
     def clip_and_accumulate(self) -> None:
         """Add each patient's gradient times C / max(C, norm) to ``summed_grad``, in float64."""
         norms = unit_norms(self.grad_samples)
+        finite = torch.isfinite(norms)
+        if self._losses is not None:
+            finite &= torch.isfinite(self._losses)
+        silent = (~finite).nonzero()[:, 0]
         factors = self.max_grad_norm / torch.clamp(norms, min=self.max_grad_norm)
+        factors[silent] = 0.0
         for parameter in self.params:
             flat = flat_rows(parameter.grad_sample).to(torch.float64)
-            if parameter.summed_grad is None:
-                parameter.summed_grad = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
-            parameter.summed_grad += (factors @ flat).view_as(parameter)
+            if len(silent):
+                flat[silent] = 0.0  # zero times infinity is not a number
+            added = (factors @ flat).view_as(parameter)
+            parameter.summed_grad = added if parameter.summed_grad is None else parameter.summed_grad.add_(added)
 
     def add_noise(self) -> None:
         """Noise every sum, an empty one too, and put it on the public grid; from here on it may be seen."""
@@ -179,7 +193,9 @@ def train_round(
     if not params or any(not value.is_floating_point() for value in params.values()):
         raise ValueError("Expected at least one floating-point parameter to train; name the trained group")
     named = {name: nn.Parameter(value.detach().clone().to(torch.float32)) for name, value in params.items()}
-    adam = torch.optim.AdamW(list(named.values()), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    adam = torch.optim.AdamW(
+        list(named.values()), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+    )
     _load_state(adam, named, optimizer_state)
     optimizer = StreamDPOptimizer(adam, sigma=stage.sigma, clip=stage.clip, divisor=stage.divisor(n_decl), noise=noise)
     generator = noise.torch_generator()
@@ -192,7 +208,8 @@ def train_round(
                     if batch_size(units) != len(part):
                         raise ValueError(f"prepare() gave {batch_size(units)} units for a chunk of another size")
                     current = {name: parameter.detach() for name, parameter in named.items()}
-                    optimizer.accumulate(per_patient_gradients(unit_loss, current, units, speed, hooks), named)
+                    gradients, losses = raw_gradients(unit_loss, current, units, speed.engine, hooks)
+                    optimizer.accumulate(gradients, named, losses)
             optimizer.step()
             optimizer.clear()
             if on_step is not None:

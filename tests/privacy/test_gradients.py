@@ -38,7 +38,8 @@ def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float
 @pytest.mark.parametrize("layout", ["contiguous", "permuted", "channels-last"])
 @pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("patients", [1, 3])
-def test_vmap_equals_the_loop(
+@pytest.mark.parametrize("engine", ["expand", "vmap"])
+def test_engines_equal_the_loop(
     dp_net: nn.Module,
     dp_net_loss: UnitLoss,
     dp_net_units: Make,
@@ -46,11 +47,12 @@ def test_vmap_equals_the_loop(
     patients: int,
     draws: int,
     layout: str,
+    engine: Engine,
 ) -> None:
     units = dict(memory_layouts(dp_net_units(patients, draws)))[layout]
     params = dp_params(dp_net)
     loop = per_patient_gradients(dp_net_loss, params, units, Speed("loop"))
-    assert relative_error(per_patient_gradients(dp_net_loss, params, units, Speed("vmap")), loop) <= 1e-5
+    assert relative_error(per_patient_gradients(dp_net_loss, params, units, Speed(engine)), loop) <= 1e-5
     assert all(value.shape == (patients, *params[name].shape) for name, value in loop.items())
 
 
@@ -67,7 +69,7 @@ def test_each_row_is_that_patients_own_gradient(
             torch.testing.assert_close(found[name][row], leaf.grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("engine", ["expand", "vmap", "loop"])
 def test_chunks_do_not_matter_and_a_patient_who_shows_nothing_is_zero(
     dp_net: nn.Module, dp_net_loss: UnitLoss, dp_net_units: Make, dp_params: ToParams, engine: Engine
 ) -> None:
@@ -78,7 +80,7 @@ def test_chunks_do_not_matter_and_a_patient_who_shows_nothing_is_zero(
     assert all(not bool(value[-1].any()) for value in whole.values())
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("engine", ["expand", "vmap", "loop"])
 def test_an_empty_batch_never_calls_the_loss(
     dp_net: nn.Module, dp_net_units: Make, dp_params: ToParams, engine: Engine
 ) -> None:
@@ -92,7 +94,7 @@ def test_an_empty_batch_never_calls_the_loss(
     }
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("engine", ["expand", "vmap", "loop"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_a_patient_who_is_not_finite_is_zero_and_alone(
     dp_net: nn.Module, dp_net_loss: UnitLoss, dp_net_units: Make, dp_params: ToParams, engine: Engine, bad: float
@@ -136,19 +138,39 @@ def test_units_that_disagree_are_refused() -> None:
         batch_size({"a": torch.zeros(3), "b": torch.zeros(2)})
     with pytest.raises(ValueError, match="leading batch axis"):
         batch_size({"a": torch.tensor(1.0)})
-    with pytest.raises(ValueError, match="engine"):
-        Speed("ghost")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="chunk"):
         Speed("vmap", chunk=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("ghost", "does not clip"), ("ew", "empty batches"), ("functorch", "first input"), ("adaptive", "private batch size"),
+     ("gdp", "underestimates"), ("fast", "expand, vmap, loop or hooks")],
+)  # fmt: skip
+def test_what_opacus_offers_beside_these_is_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Speed(name)  # type: ignore[arg-type]
 
 
 def test_measure_speed_picks_an_engine(
     dp_net: nn.Module, dp_net_loss: UnitLoss, dp_net_units: Make, dp_params: ToParams
 ) -> None:
     speed = measure_speed(dp_net_loss, dp_params(dp_net), dp_net_units(4), chunk_sizes=(2, 4, 64), repeats=1)
-    assert speed.engine in ("vmap", "loop")
+    assert speed.engine in ("expand", "vmap", "loop")
     assert speed.chunk in (2, 4)
     assert speed.threads == torch.get_num_threads()
+
+
+def test_an_engine_that_cannot_run_a_loss_is_left_out_of_the_trial() -> None:
+    def loss(params: dict[str, Tensor], unit: dict[str, Tensor]) -> Tensor:
+        if float(unit["x"].sum()) > -1e9:  # reads a value: refused under vmap, fine in a loop
+            return (params["w"] * unit["x"]).sum()
+        return params["w"].sum()
+
+    params, units = {"w": torch.ones(2)}, {"x": torch.ones(3, 2)}
+    assert measure_speed(loss, params, units, repeats=1).engine == "loop"
+    with pytest.raises(ValueError, match="no engine"):
+        measure_speed(loss, params, units, engines=("expand", "vmap"), repeats=1)
 
 
 # --- the probe -------------------------------------------------------------------------------------------------------

@@ -25,13 +25,13 @@ from privacy.training import RoundOutcome, StreamDPOptimizer, draw_patients, tra
 Round = Callable[..., RoundOutcome]
 Stage = Callable[..., TrainingStage]
 Read = Callable[..., Tensor]
-SERIAL = Speed("vmap", chunk=3)
+SERIAL = Speed("expand", chunk=3)
 
 
 # --- the step is the one that is written in the module's first lines --------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("engine", ["expand", "vmap", "loop"])
 @pytest.mark.parametrize("epsilon", [8.0, math.inf])
 def test_the_step_equals_a_hand_written_loop(
     dp_net: nn.Module,
