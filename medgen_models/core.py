@@ -95,8 +95,8 @@ class _Layer(nn.Module):
 
     def forward(self, h_GME: Tensor, condition_GJE: Tensor, spread_MJ: Tensor, bias_G11M: Tensor) -> Tensor:
         """One layer; J = instances and the register."""
-        modulation = spread_MJ @ self.modulate(condition_GJE)
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, dim=-1)
+        parts = self.modulate(condition_GJE).chunk(6, dim=-1)  # spread one by one: the chunks' gradient is joined while small
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (spread_MJ @ part for part in parts)
         a = self.norm_attention(h_GME) * (1.0 + scale_a) + shift_a
         h_GME = h_GME + gate_a * self.merge(self._attend(self.qkv(a), bias_G11M))
         f = self.norm_forward(h_GME) * (1.0 + scale_f) + shift_f
@@ -227,7 +227,7 @@ class TokenCore(nn.Module):
         bias_G11M = ((attended_GM - 1.0) * 1e4)[:, None, None, :]
         for layer in self.trunk.layers:
             h_GME = layer(h_GME, condition_GJE, self.spread_MJ, bias_G11M)
-        shift, scale = (self.spread_MJ @ self.trunk.modulate(condition_GJE)).chunk(2, dim=-1)
+        shift, scale = (self.spread_MJ @ part for part in self.trunk.modulate(condition_GJE).chunk(2, dim=-1))
         change_GNW = self._leave((self.trunk.norm(h_GME) * (1.0 + scale) + shift)[:, 1:])
         return skip_GN1 * x_GNW + out_GN1 * change_GNW
 
