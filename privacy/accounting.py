@@ -10,6 +10,7 @@ Covered
       rounded to the pessimistic side, the worse of both directions. This is the authority.
     * :func:`epsilon_prv`: Gopi, Lee and Wutschitz (2021) as implemented in Opacus, the independent cross-check. It
       reports an upper bound that lies about 0.01 above; it looks at the remove direction alone.
+    * :func:`cross_check`: a spend on which both disagree by more than 0.02 is refused, at planning and at approval.
     * :func:`epsilon_rdp`: Mironov (2017); looser, but valid in a filter over parameters chosen from earlier outputs
       (Feldman and Zrnic (2021)) when its order is fixed beforehand: :func:`filter_order`.
     * :func:`mu`: the smallest Gaussian mechanism that dominates the whole profile for delta >= 1e-9.
@@ -44,6 +45,8 @@ Relation = Literal["zero-out", "replace-one"]
 FINEST_GRID, COARSEST_GRID = 1e-5, 1e-3  # spacing of the privacy loss grid
 MU_DELTA = 1e-9  # the profile is dominated down to this delta
 MU_CEILING = 1e3
+AGREEMENT = 0.02  # most that two accountants may differ; PRV alone reports about 0.01 above
+CHECKED_SEGMENTS, CHECKED_EPSILON = 12, 20.0  # beyond either, PRV takes minutes and is not asked
 ORDERS = tuple(
     [1 + tenth / 10 for tenth in range(1, 100)] + [float(n) for n in range(11, 64)] + [128.0, 256.0, 512.0, 1024.0]
 )
@@ -58,6 +61,24 @@ class Segment(NamedTuple):
     sigma: float
     sampling_rate: float
     releases: int
+
+
+class CrossCheck(NamedTuple):
+    """The authority beside the second accountant.
+
+    Attributes:
+        epsilon: by privacy loss distributions.
+        epsilon_prv: by PRV; None where it was not asked, for the reason in ``note``.
+        note: the outcome in words.
+    """
+
+    epsilon: float
+    epsilon_prv: float | None
+    note: str
+
+
+class AccountantsDisagree(ValueError):
+    """Two accountants that bound the same spend differ by more than :data:`AGREEMENT`: one of them is wrong."""
 
 
 class UnsupportedEvent(ValueError):
@@ -253,6 +274,8 @@ def _mu(segments: tuple[Segment, ...], relation: Relation) -> float:
     if not len(points):
         return 0.0
     low, high = np.zeros_like(points), np.full_like(points, MU_CEILING)
+    if not bool((gaussian_delta(points, high) >= wanted).all()):
+        return math.inf
     for _ in range(60):
         middle = (low + high) / 2
         reached = gaussian_delta(points, middle) >= wanted
@@ -280,6 +303,34 @@ def epsilon_prv(event: dp_accounting.DpEvent, delta: float) -> float:
     if not segments:
         return 0.0
     return _prv(segments, delta) if _private(segments) else math.inf
+
+
+def cross_check(event: dp_accounting.DpEvent, delta: float) -> CrossCheck:
+    """Both accountants on the same event; a spend on which they disagree must not be promised.
+
+    PRV is asked where it answers in seconds: at most :data:`CHECKED_SEGMENTS` distinct segments and an epsilon of at
+    most :data:`CHECKED_EPSILON`. Elsewhere the note says that nobody looked.
+
+    >>> cross_check(gaussian_event(10.0, count=100), 1e-5).note
+    'agrees within 0.02'
+
+    Raises:
+        AccountantsDisagree: they differ by more than :data:`AGREEMENT`.
+    """
+    segments, ours = segments_of(event), epsilon(event, delta)
+    if math.isinf(ours):
+        return CrossCheck(ours, ours, "nothing to compare: without noise, or beyond any promise")
+    if len(segments) > CHECKED_SEGMENTS:
+        return CrossCheck(ours, None, f"not asked: more than {CHECKED_SEGMENTS} distinct stages")
+    if ours > CHECKED_EPSILON:
+        return CrossCheck(ours, None, f"not asked: epsilon above {CHECKED_EPSILON:g}")
+    theirs = epsilon_prv(event, delta)
+    if not abs(theirs - ours) <= AGREEMENT:
+        raise AccountantsDisagree(
+            f"epsilon is {ours:.4f} by privacy loss distributions and {theirs:.4f} by PRV; they may differ by "
+            f"{AGREEMENT}. Use the pinned versions of dp_accounting and opacus, and report this plan"
+        )
+    return CrossCheck(ours, theirs, f"agrees within {AGREEMENT}")
 
 
 def filter_order(event: dp_accounting.DpEvent, ceiling: float, delta: float) -> float:
