@@ -12,33 +12,44 @@ someone asks. Whoever wants to open a record must show a token, and only a ledge
     ========== ======================= =====================================================================
 
 Covered: an intent without a commit is spent for good, and doing that round again takes a spare; a plan that would pass the
-plan ceiling (privacy loss distributions) or the lifetime ceiling (Rényi filter over all plans at one order, fixed with
-the first plan: Feldman and Zrnic (2021), Theorem 4.3) is refused before anything is written; NaN, negative and unknown
-values never compare as allowed.
+plan ceiling (privacy loss distributions) or, in any data block that it touches, the lifetime ceiling (Rényi filter,
+:mod:`privacy.lifetime`) is refused before anything is written; NaN, negative and unknown values never compare as allowed;
+after a loss, what may have been spent counts as spent (:mod:`privacy.restore`).
 Not covered: whether the code that holds a token does what the token says, and patients who are at two sites.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import InitVar
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import dp_accounting
 
-from privacy import accounting
-from privacy.accounts import Account, LedgerSummary, PlanSummary, StageSummary, plan_summary
-from privacy.boundary.refusals import LedgerError, Refused
+from privacy import lifetime
+from privacy.accounts import (
+    Account,
+    BlockSummary,
+    LedgerSummary,
+    PlanSummary,
+    StageSummary,
+    plan_summary,
+    reservation,
+)
+from privacy.book import Book, Head, Restoration
+from privacy.boundary.refusals import Refused
 from privacy.chain import Link, canonical
+from privacy.lifetime import BlockForecast
 from privacy.plan import Ceilings, DPPlan
 from privacy.spendfile import SpendFile
+from privacy.tokens import EVERYONE, SEAL, AccessToken, DpToken, LocalToken, UncoveredToken
 
 __all__ = [
+    "EVERYONE",
     "AccessToken",
+    "BlockForecast",
+    "BlockSummary",
     "DpToken",
     "Ledger",
     "LedgerSummary",
@@ -49,49 +60,6 @@ __all__ = [
 ]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_SLACK = 1e-9  # float rounding allowed when a recomputed epsilon meets a ceiling
-_SEAL = object()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Token:
-    site: str
-    seq: int
-    seal: InitVar[object]
-
-    def __post_init__(self, seal: object) -> None:
-        if seal is not _SEAL:
-            raise PermissionError(f"only a ledger makes a {type(self).__name__}; ask it before reading a record")
-
-
-@dataclasses.dataclass(frozen=True)
-class DpToken(_Token):
-    """Leave to compute one round of one reserved stage; already charged."""
-
-    plan_hash: str
-    stage: str
-    round: int
-    digest: str
-    n_decl: int
-
-
-@dataclasses.dataclass(frozen=True)
-class UncoveredToken(_Token):
-    """Leave to answer one query outside the guarantee; already counted."""
-
-    plan_hash: str
-    query: str
-    digest: str
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalToken(_Token):
-    """Leave to read records for something that stays at the site."""
-
-    purpose: str
-
-
-AccessToken = DpToken | UncoveredToken | LocalToken
 
 
 class Ledger:
@@ -100,10 +68,9 @@ class Ledger:
     def __init__(self, file: SpendFile, site: str) -> None:
         self._file = file
         self._site = site
-        self._accounts: dict[str, Account] = {}
-        self._local = 0
+        self._book = Book()
         for link in file.links:
-            self._apply(link)
+            self._book.apply(link)
 
     @classmethod
     def open(cls, path: Path, site: str, *, writable: bool = True, wait_s: float = 2.0) -> Self:
@@ -111,9 +78,6 @@ class Ledger:
         file = SpendFile.open(path, site, writable=writable, wait_s=wait_s)
         try:
             return cls(file, site)
-        except (KeyError, TypeError) as error:
-            file.close()
-            raise LedgerError("tampered", f"{path}: a row does not say what it should", "restore its backup") from error
         except BaseException:
             file.close()
             raise
@@ -147,46 +111,62 @@ class Ledger:
         newest = self._file.verify()
         return newest.seq, newest.hash
 
+    def holds(self, seq: int, digest: str) -> bool:
+        """Whether this ledger continues a history whose head was ``(seq, digest)``, as somebody else remembers it.
+
+        True if that row is here, or if it was lost in a damaged file and a restoration counts it as spent.
+        """
+        return self._book.holds(self._file.links, Head(seq, digest))
+
     def reserve(
-        self, plan_hash: str, plan: DPPlan, ceilings: Ceilings, n_decl: int, *, deterministic: bool = False
+        self,
+        plan_hash: str,
+        plan: DPPlan,
+        ceilings: Ceilings,
+        n_decl: int,
+        *,
+        deterministic: bool = False,
+        blocks: Sequence[str] = (EVERYONE,),
+        block_column: str = "",
     ) -> float:
         """Reserve everything that ``plan`` may spend, spares included; returns its epsilon (PLD).
 
         Reserving the same plan again changes nothing. A plan with deterministic noise is recorded as *not private* and
         held against the ceilings at face value; a plan with epsilon = infinity needs both ceilings at infinity.
 
+        Args:
+            plan_hash: of the signed study plan.
+            plan: the calibrated promise.
+            ceilings: what the site allows.
+            n_decl: declared capacity, patients.
+            deterministic: the noise can be predicted.
+            blocks: the data blocks whose patients it may read; it must fit in each of them. A patient is in one block.
+            block_column: the column that tells named blocks apart.
+
         Raises:
             Refused: ``NOT_CALIBRATED``, ``DELTA``, ``OVER_PLAN_CEILING``, ``OVER_LIFETIME_CEILING``;
-                ``BUDGET_CONFLICT`` if this hash was reserved with other contents, ``NOT_APPROVED`` if it was closed.
-                Nothing is written then.
+                ``BUDGET_CONFLICT`` if this hash was reserved with other contents or blocks, or the ledger's blocks are
+                told apart by another column; ``NOT_APPROVED`` if it was closed. Nothing is written then.
         """
         _need_digest("plan_hash", plan_hash)
-        body = {
-            "plan_hash": plan_hash,
-            "plan": plan.to_dict(),
-            "n_decl": n_decl,
-            "deterministic": bool(deterministic),
-            "events": {
-                stage.name: {
-                    "round": accounting.event_rows(plan.event_for(stage.name)),
-                    "rounds": stage.rounds,
-                    "spare_rounds": stage.spare_rounds,
-                }
-                for stage in plan.stages
-            },
-        }
-        if (account := self._accounts.get(plan_hash)) is not None:
-            if canonical(_known(account.reserve)) != canonical(body):
-                raise Refused("BUDGET_CONFLICT", "the same plan hash was reserved with another promise")
+        body = reservation(
+            plan_hash, plan, n_decl, deterministic=deterministic, blocks=blocks, block_column=block_column
+        )
+        new = Account(body)
+        if (account := self._book.accounts.get(plan_hash)) is not None:
+            if canonical(account.promise()) != canonical(new.promise()):
+                raise Refused("BUDGET_CONFLICT", "the same plan hash was reserved with another promise or other blocks")
             if account.closed:
                 raise Refused("NOT_APPROVED", "the plan was closed", "ask the coordinator for a new plan")
             return plan.epsilon
         epsilon = self._check(plan, ceilings, n_decl)
-        order = self._order() or self._choose_order(plan, ceilings)
-        account = Account(body)
-        self._check_lifetime(account, ceilings, order)
-        limits = {"lifetime_delta": ceilings.delta, "order": order}
-        self._apply(self._file.append("reserve", {**body, **limits}))
+        before = list(self._book.accounts.values())
+        body |= {
+            "lifetime_delta": ceilings.delta,
+            "orders": lifetime.new_orders(before, new.blocks, plan, ceilings),
+        }
+        lifetime.check(before, new, ceilings)
+        self._book.apply(self._file.append("reserve", body))
         return epsilon
 
     def intend(self, plan_hash: str, stage: str, round: int, attempt_digest: str) -> DpToken:
@@ -204,16 +184,27 @@ class Ledger:
         if planned is None or type(round) is not int or not 0 <= round < planned["rounds"]:
             raise Refused("ROUND_NOT_IN_PLAN", f"stage {stage!r}, round {round!r}", "ask for a round that was approved")
         begun = [number for _, name, number in account.intents if name == stage]
-        if round in begun and len(begun) - len(set(begun)) >= planned["spare_rounds"]:
+        spares = len(begun) - len(set(begun)) + account.lost[stage]
+        if account.remaining()[stage] < 1 or (round in begun and spares >= planned["spare_rounds"]):
             raise Refused(
                 "SPARES_EXHAUSTED",
-                f"stage {stage!r}: all {planned['spare_rounds']} spares are used",
+                f"stage {stage!r}: all {planned['spare_rounds']} spares are used or lost",
                 "sit this round out",
             )
         body = {"plan_hash": plan_hash, "stage": stage, "round": round, "digest": attempt_digest}
         link = self._file.append("intent", body)
-        self._apply(link)
-        return DpToken(self._site, link.seq, _SEAL, plan_hash, stage, round, attempt_digest, account.reserve["n_decl"])
+        self._book.apply(link)
+        return DpToken(
+            self._site,
+            link.seq,
+            SEAL,
+            plan_hash,
+            stage,
+            round,
+            attempt_digest,
+            account.reserve["n_decl"],
+            account.blocks,
+        )
 
     def commit(self, token: DpToken, answer_digest: str) -> None:
         """Record that the round of ``token`` was finished with this answer. It frees nothing; it is for the record.
@@ -222,7 +213,7 @@ class Ledger:
             ValueError: the token is not an open intent of this ledger.
         """
         _need_digest("answer_digest", answer_digest)
-        account = self._accounts.get(token.plan_hash)
+        account = self._book.accounts.get(token.plan_hash)
         intent = (token.seq, token.stage, token.round)
         if account is None or token.site != self._site or intent not in account.intents:
             raise ValueError("the token is no intent of this ledger; commit with the token that intend() gave")
@@ -231,7 +222,7 @@ class Ledger:
                 raise ValueError("the intent was committed with another answer; compute the round as a new attempt")
             return
         body = {"plan_hash": token.plan_hash, "intent": token.seq, "answer": answer_digest}
-        self._apply(self._file.append("commit", body))
+        self._book.apply(self._file.append("commit", body))
 
     def uncovered(self, plan_hash: str, query: str, cap: int, digest: str) -> UncoveredToken:
         """Count one query outside the guarantee, durably, before it is computed.
@@ -246,16 +237,23 @@ class Ledger:
         if account.uncovered.total() >= cap:
             raise Refused("UNCOVERED_CAP", f"{account.uncovered.total()} were answered, {cap} are allowed")
         link = self._file.append("uncovered", {"plan_hash": plan_hash, "query": query, "digest": digest})
-        self._apply(link)
-        return UncoveredToken(self._site, link.seq, _SEAL, plan_hash, query, digest)
+        self._book.apply(link)
+        return UncoveredToken(self._site, link.seq, SEAL, plan_hash, query, digest, account.blocks)
 
-    def local(self, purpose: str) -> LocalToken:
-        """Record a reading of records whose output stays at the site. Spends nothing, so the mirror is not moved."""
+    def local(self, purpose: str, plan_hash: str | None = None) -> LocalToken:
+        """Record a reading of records whose output stays at the site: of a plan's blocks, or of every patient.
+
+        Spends nothing, so the mirror is not moved.
+
+        Raises:
+            Refused: ``NOT_APPROVED`` as in :meth:`intend`, if a plan is named.
+        """
         if not purpose:
             raise ValueError("expected a purpose, got an empty text; say what the records are read for")
+        blocks = (EVERYONE,) if plan_hash is None else self._open_account(plan_hash).blocks
         link = self._file.append("local", {"purpose": purpose}, mirror=False)
-        self._apply(link)
-        return LocalToken(self._site, link.seq, _SEAL, purpose)
+        self._book.apply(link)
+        return LocalToken(self._site, link.seq, SEAL, purpose, blocks)
 
     def finish(self, plan_hash: str) -> None:
         """Close a plan: no further round of it begins, and from now on only its begun rounds count for the lifetime.
@@ -263,39 +261,57 @@ class Ledger:
         That is sound in the filter, whose order is fixed and whose sums hold what was really run; the plan's own
         epsilon stays that of everything reserved. Closing twice changes nothing.
         """
-        if plan_hash not in self._accounts:
+        if plan_hash not in self._book.accounts:
             raise Refused("NOT_APPROVED", "the plan was not reserved here")
-        if not self._accounts[plan_hash].closed:
-            self._apply(self._file.append("close", {"plan_hash": plan_hash}))
+        if not self._book.accounts[plan_hash].closed:
+            self._book.apply(self._file.append("close", {"plan_hash": plan_hash}))
 
     def spent_event(self, plan_hash: str) -> dp_accounting.DpEvent:
         """The event of every round that was begun, interrupted ones included."""
-        if plan_hash not in self._accounts:
+        if plan_hash not in self._book.accounts:
             raise Refused("NOT_APPROVED", "the plan was not reserved here")
-        account = self._accounts[plan_hash]
+        account = self._book.accounts[plan_hash]
         return account.event(account.begun())
+
+    def restorations(self) -> tuple[Restoration, ...]:
+        """What was restored after losses, oldest first."""
+        return tuple(self._book.restorations)
+
+    def plan(self, plan_hash: str) -> DPPlan:
+        """The promise of a reserved plan."""
+        if plan_hash not in self._book.accounts:
+            raise Refused("NOT_APPROVED", "the plan was not reserved here")
+        return DPPlan.from_dict(self._book.accounts[plan_hash].reserve["plan"])
+
+    def forecast(self, plan: DPPlan, ceilings: Ceilings, blocks: Sequence[str]) -> tuple[BlockForecast, ...]:
+        """How many further plans like ``plan``, one after the other, each block's lifetime ceiling would admit.
+
+        Writes nothing. The plan ceiling is another question: see :meth:`reserve`.
+        """
+        return lifetime.forecast(list(self._book.accounts.values()), blocks, plan, ceilings)
 
     def summary(self) -> LedgerSummary:
         """Everything promised and spent, computed from the events."""
-        accounts = list(self._accounts.values())
-        private = all(account.private for account in accounts)
+        accounts = list(self._book.accounts.values())
         delta = accounts[-1].reserve["lifetime_delta"] if accounts else None
-        order = self._order()
+        names = lifetime.known_blocks(accounts)
+        blocks = tuple(lifetime.block_summary(accounts, name, delta) for name in names) if delta else ()
+        worst = max(blocks, key=lambda block: block.lifetime.zero_out, default=None)
         return LedgerSummary(
             site=self._site,
             head=self.head,
-            private=private,
-            lifetime_epsilon=self._lifetime(accounts, delta, order)
-            if private and delta
-            else (0.0 if private else math.inf),
-            lifetime_order=order,
+            private=all(account.private for account in accounts),
+            lifetime_epsilon=worst.lifetime.zero_out if worst else 0.0,
+            lifetime_order=worst.order if worst else None,
             lifetime_delta=delta,
-            local_reads=self._local,
+            local_reads=self._book.local_reads,
+            restored=len(self._book.restorations),
+            blocks=blocks,
             plans=tuple(plan_summary(account) for account in accounts),
         )
 
     def _open_account(self, plan_hash: str) -> Account:
-        account = self._accounts.get(plan_hash)
+        account = self._book.accounts.get(plan_hash)
         if account is None:
             raise Refused("NOT_APPROVED", "the plan was not reserved here", "approve it first")
         if account.closed:
@@ -313,70 +329,13 @@ class Ledger:
         if not plan.delta <= ceilings.delta:
             raise Refused("DELTA", f"delta {plan.delta} is above the site's {ceilings.delta}")
         epsilon = plan.epsilon
-        if not 0 <= epsilon <= ceilings.plan_epsilon + _SLACK:
+        if not 0 <= epsilon <= ceilings.plan_epsilon + lifetime.SLACK:
             raise Refused(
                 "OVER_PLAN_CEILING",
                 f"epsilon {epsilon:.4f} against {ceilings.plan_epsilon}",
                 "plan with a smaller target",
             )
         return epsilon
-
-    def _order(self) -> float | None:
-        """The filter's order: the one written with the first private plan."""
-        orders = (account.reserve["order"] for account in self._accounts.values())
-        return next((order for order in orders if order is not None), None)
-
-    def _choose_order(self, plan: DPPlan, ceilings: Ceilings) -> float | None:
-        """The order at which most plans like this first one fit; without a ceiling, at which two of them cost least."""
-        if not plan.private:
-            return None
-        twice = accounting.epsilon_rdp(dp_accounting.SelfComposedDpEvent(plan.events(), 2), ceilings.delta)
-        ceiling = ceilings.lifetime_epsilon if math.isfinite(ceilings.lifetime_epsilon) else twice
-        return accounting.filter_order(plan.events(), ceiling, ceilings.delta)
-
-    def _check_lifetime(self, new: Account, ceilings: Ceilings, order: float | None) -> None:
-        before = list(self._accounts.values())
-        face_value = new.reserve["deterministic"]
-        private = new.private and all(account.private for account in before)
-        lifetime = math.inf if not private and not face_value else self._lifetime([*before, new], ceilings.delta, order)
-        if not 0 <= lifetime <= ceilings.lifetime_epsilon + _SLACK:
-            raise Refused(
-                "OVER_LIFETIME_CEILING",
-                f"with this plan the site would stand at {lifetime:.4f} of {ceilings.lifetime_epsilon}",
-                "close finished plans, or bring new patients under a new ledger",
-            )
-
-    @staticmethod
-    def _lifetime(accounts: Sequence[Account], delta: float, order: float | None) -> float:
-        """Epsilon of everything that counts against the lifetime, by Rényi accounting at the filter's order."""
-        event = dp_accounting.ComposedDpEvent([account.event(account.charged()) for account in accounts])
-        return accounting.epsilon_rdp(event, delta, order)
-
-    def _apply(self, link: Link) -> None:
-        """Fold one row into what the ledger knows; a kind that this version does not know is refused, not guessed."""
-        body = link.data()
-        match link.kind:
-            case "open":
-                pass
-            case "reserve":
-                self._accounts[body["plan_hash"]] = Account(body)
-            case "intent":
-                self._accounts[body["plan_hash"]].intents.append((link.seq, body["stage"], body["round"]))
-            case "commit":
-                self._accounts[body["plan_hash"]].commits[body["intent"]] = body["answer"]
-            case "uncovered":
-                self._accounts[body["plan_hash"]].uncovered[body["query"]] += 1
-            case "close":
-                self._accounts[body["plan_hash"]].closed = True
-            case "local":
-                self._local += 1
-            case _:
-                raise LedgerError("foreign", f"row {link.seq} is of kind {link.kind!r}", "use the medgen that wrote it")
-
-
-def _known(reserve: dict[str, Any]) -> dict[str, Any]:
-    """A reserve row without what depends on the ceilings of that day."""
-    return {key: value for key, value in reserve.items() if key not in ("lifetime_delta", "order")}
 
 
 def _need_digest(name: str, value: str) -> None:

@@ -6,7 +6,8 @@ journal and ``synchronous=EXTRA``, which also syncs the folder after the journal
 cut could bring the journal back and undo a committed row.
 
 Covered: a second writer; a torn, edited, reordered or exchanged file; a file put back to an earlier state while its mirror
-was not; a lost file whose mirror is still there; a full disk (nothing is acknowledged).
+was not; a lost file whose mirror is still there; a full disk (nothing is acknowledged, and nothing more is written until
+the file was opened and read again).
 Not covered: file *and* mirror put back together (the head also travels with every answer, so others can tell), a cloned
 machine, and disks that lie about fsync.
 """
@@ -20,7 +21,7 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -48,6 +49,7 @@ class SpendFile:
         self._database = database
         self._lock = lock
         self._links: list[Link] = []
+        self._doubtful = False  # a row may be on disk that nobody was told of
 
     @classmethod
     def open(cls, path: Path, site: str, *, writable: bool = True, wait_s: float = 2.0) -> Self:
@@ -64,7 +66,7 @@ class SpendFile:
         """
         lock = _take_lock(path.with_suffix(".lock"), wait_s) if writable else None
         try:
-            file = cls(path, _connect(path, writable), lock)
+            file = cls(path, _connect_or_create(path, writable), lock)
         except BaseException:
             _drop_lock(lock)
             raise
@@ -105,15 +107,19 @@ class SpendFile:
         """
         if self._lock is None:
             raise LedgerError("locked", "the ledger was opened for reading", "open it for writing")
+        if self._doubtful:
+            raise LedgerError("storage", f"{self.path}: an earlier row may or may not be on disk", "open it again")
         link = extend(self._links[-1] if self._links else None, kind, body, now_utc())
+        self._doubtful = True
         with _storage_errors(self.path):
             with _transaction(self._database):
                 _insert(self._database, link)
             self._links.append(link)
             if mirror:
-                _sync_file(self.path)
+                sync_file(self.path)
                 sync_folder(self.path.parent)
                 self._write_mirror()
+        self._doubtful = False
         return link
 
     def verify(self) -> Link:
@@ -139,10 +145,7 @@ class SpendFile:
                 raise LedgerError("torn", f"{self.path} is empty but {self.mirror_path} is not", _RESTORE)
             self._create(site)
         self._load()
-        if self._links[0].kind != "open" or self._links[0].data().get("site") != site:
-            raise LedgerError(
-                "foreign", f"{self.path} is not the ledger of site {site}", "put that site's own file here"
-            )
+        _check_site(self.path, self._links, site)
         if self._mirror_is_behind(writable) and writable:
             with _storage_errors(self.path):
                 self._write_mirror()
@@ -169,29 +172,10 @@ class SpendFile:
 
     def _create(self, site: str) -> None:
         first = extend(None, "open", {"site": site, "ledger": secrets.token_hex(16), "format": 1}, now_utc())
-        with _storage_errors(self.path):
-            with _transaction(self._database):
-                for statement in (_TABLE, *_TRIGGERS):
-                    self._database.execute(statement)
-                _insert(self._database, first)
-            _sync_file(self.path)
-            sync_folder(self.path.parent)
+        _fill(self.path, self._database, [first])
 
     def _load(self) -> None:
-        with _storage_errors(self.path):
-            (sound,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
-            rows = self._database.execute(
-                "SELECT seq, at, kind, body, previous, hash FROM rows ORDER BY seq"
-            ).fetchall()
-        if sound != "ok":
-            raise LedgerError("torn", f"{self.path}: {sound}", _RESTORE)
-        links = [Link(*row) for row in rows]
-        try:
-            if check(links) is None:
-                raise ChainError(1, "the first row is gone")
-        except ChainError as error:
-            raise LedgerError("tampered", f"{self.path}: {error}", _RESTORE) from error
-        self._links = links
+        self._links = _rows(self.path, self._database)
 
     def _check_mirror(self) -> bool:
         """Compare with the mirrored head; True if the mirror is merely behind (a crash between row and mirror)."""
@@ -216,12 +200,62 @@ class SpendFile:
         return seq < newest.seq
 
     def _write_mirror(self) -> None:
-        newest = self._links[-1]
-        head = {"ledger": self._links[0].data()["ledger"], "seq": newest.seq, "hash": newest.hash}
-        write_durably(self.mirror_path, canonical(head).encode())
+        write_mirror(self.mirror_path, self._links)
 
 
-def _connect(path: Path, writable: bool) -> sqlite3.Connection:
+def write_mirror(path: Path, links: Sequence[Link]) -> None:
+    """Mirror the head of ``links`` at ``path``, durably."""
+    newest = links[-1]
+    head = {"ledger": links[0].data()["ledger"], "seq": newest.seq, "hash": newest.hash}
+    write_durably(path, canonical(head).encode())
+
+
+@contextlib.contextmanager
+def writer_lock(path: Path, wait_s: float = 2.0) -> Iterator[None]:
+    """Hold the lock of the ledger at ``path``, so that nobody writes to it meanwhile.
+
+    Raises:
+        LedgerError: ``locked`` after ``wait_s`` seconds.
+    """
+    lock = _take_lock(path.with_suffix(".lock"), wait_s)
+    try:
+        yield
+    finally:
+        _drop_lock(lock)
+
+
+def read_chain(path: Path, site: str, *, recover: bool = False) -> list[Link]:
+    """The rows of the ledger file at ``path``, verified among themselves but against no mirror.
+
+    Args:
+        path: the database; nothing is created.
+        site: whose ledger it has to be.
+        recover: let SQLite undo a transaction that a crash cut short, which writes to the file.
+
+    Raises:
+        LedgerError: with the fault that was found.
+    """
+    if not path.is_file():
+        raise LedgerError("storage", f"{path}: there is no such file", "name a backup of the ledger")
+    with contextlib.closing(_connect(path, recover)) as database:
+        links = _rows(path, database)
+    _check_site(path, links, site)
+    return links
+
+
+def write_chain(path: Path, links: Sequence[Link]) -> None:
+    """Write a whole ledger file of these rows, mode 0600, durably; ``path`` must not exist.
+
+    Raises:
+        LedgerError: it could not be written.
+    """
+    with _storage_errors(path):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    with contextlib.closing(_connect(path, True)) as database:
+        _fill(path, database, links)
+
+
+def _connect_or_create(path: Path, writable: bool) -> sqlite3.Connection:
     if not path.exists():
         if path.with_suffix(".head").exists():
             raise LedgerError("rolled back", f"{path} is gone but its mirrored head is there", _RESTORE)
@@ -229,19 +263,67 @@ def _connect(path: Path, writable: bool) -> sqlite3.Connection:
             raise LedgerError("storage", f"{path}: there is no ledger yet", "let the site write to it first")
         with _storage_errors(path):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    # a reader may have to undo what a killed writer left half done, so it opens for writing and then promises not to
+    database = _connect(path, True)
+    try:
+        with _storage_errors(path):
+            database.execute("PRAGMA journal_mode=DELETE" if writable else "PRAGMA query_only=ON")
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _connect(path: Path, writable: bool) -> sqlite3.Connection:
     with _storage_errors(path):
         uri = f"{path.absolute().as_uri()}?mode={'rw' if writable else 'ro'}"
         database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5.0)
     try:
         with _storage_errors(path):
             if writable:
-                database.execute("PRAGMA journal_mode=DELETE")
                 database.execute("PRAGMA synchronous=EXTRA")
             database.execute("PRAGMA trusted_schema=OFF")
     except BaseException:
         database.close()
         raise
     return database
+
+
+def _rows(path: Path, database: sqlite3.Connection) -> list[Link]:
+    """All rows, their chain verified."""
+    with _storage_errors(path):
+        (sound,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if sound != "ok":
+            raise LedgerError("torn", f"{path}: {sound}", _RESTORE)
+        rows = database.execute("SELECT seq, at, kind, body, previous, hash FROM rows ORDER BY seq").fetchall()
+    links = [Link(*row) for row in rows]
+    try:
+        if check(links) is None:
+            raise ChainError(1, "the first row is gone")
+    except ChainError as error:
+        raise LedgerError("tampered", f"{path}: {error}", _RESTORE) from error
+    return links
+
+
+def _check_site(path: Path, links: Sequence[Link], site: str) -> None:
+    try:
+        named = links[0].data().get("site") if links[0].kind == "open" else None
+    except (ValueError, AttributeError):
+        named = None
+    if named != site:
+        raise LedgerError("foreign", f"{path} is not the ledger of site {site}", "put that site's own file here")
+
+
+def _fill(path: Path, database: sqlite3.Connection, links: Sequence[Link]) -> None:
+    """Give an empty database its table and its first rows."""
+    with _storage_errors(path):
+        with _transaction(database):
+            for statement in (_TABLE, *_TRIGGERS):
+                database.execute(statement)
+            for link in links:
+                _insert(database, link)
+        sync_file(path)
+        sync_folder(path.parent)
 
 
 def _insert(database: sqlite3.Connection, link: Link) -> None:
@@ -273,7 +355,8 @@ def _storage_errors(path: Path) -> Iterator[None]:
         raise LedgerError("storage", f"{path}: {error}", "check disk space and permissions, then try again") from error
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Make the content of ``path`` durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
