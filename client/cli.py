@@ -32,6 +32,24 @@ def check(
     raise typer.Exit(print_check(folder, schema))
 
 
+@site.command()
+def withdraw(
+    folder: Folder,
+    patient: Annotated[str, typer.Argument(help="The patient's id, as in the participants file.")] = "",
+    listing: Annotated[bool, typer.Option("--list", help="Show who withdrew, and change nothing.")] = False,
+) -> None:
+    """Exclude a patient from every reading from now on, members and held-out patients alike, and purge the caches.
+
+    What was spent stays spent: models that learned from the patient keep their promise and nothing more. The hospital's
+    own files are the hospital's to delete.
+    """
+    from client.console import print_withdrawal, print_withdrawn
+
+    if listing == bool(patient):
+        raise typer.BadParameter("give the id of one patient, or --list")
+    raise typer.Exit(print_withdrawn(folder) if listing else print_withdrawal(folder, patient))
+
+
 @ledger.command("show")
 def show(folder: Folder) -> None:
     """Show what each approved study may spend, has spent, and what its interrupted rounds cost."""

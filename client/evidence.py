@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from client.enrolment import load_keys
 from client.parts import PartStore
 from client.policy import SiteConfig
-from client.records.config import DataConfig
-from client.records.load import read_everyone
+from client.records.load import read_synthetic
 from client.rounds import Vectors, read_records
 from client.sitemodel import model_of
 from medgen_models.assembly import StudyModel
@@ -127,7 +126,7 @@ def read_cohort(
         shutil.rmtree(folder, ignore_errors=True)
         assemble(manifest, lambda digest: store.join([digest]), folder)
         slots = [slot.name for slot in model.schema.slots if slot.kind != "text"]
-        return read_everyone(DataConfig(root="."), folder, model.schema, slots, token).batch
+        return read_synthetic(folder, model.schema, slots, token)
     except ValueError as error:
         if isinstance(error, Refused):
             raise

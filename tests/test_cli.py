@@ -19,6 +19,7 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "simulate": ("scenario", "--backend", "--resume", "--keep-hospitals", "--hospitals", "--runs", "--set"),
     "bench": ("name", "--run", "--json"),
     "site check": ("folder", "--schema"),
+    "site withdraw": ("folder", "patient", "--list"),
     "site ledger show": ("folder",),
     "site ledger verify": ("folder",),
     "release verify": ("bundle", "--key"),

@@ -44,7 +44,7 @@ def read_slot(draft: Draft, slot: Slot, source: BidsSource) -> None:
     sidecars: dict[str, dict[str, Any]] = {}
     for row in range(len(draft.ids)):
         for visit in range(len(draft.sessions[row])):
-            here = draft.folder(row, visit) / folder
+            here = draft.first_with(draft.folders(row, visit), folder, ("*.nii", "*.nii.gz"))
             paths = (
                 sorted(p for p in here.glob("*.nii*") if p.name.endswith((".nii", ".nii.gz"))) if here.is_dir() else []
             )

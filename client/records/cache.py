@@ -34,7 +34,7 @@ class Key:
     """What a cached batch was made from.
 
     Attributes:
-        name: name of the file: study, configuration and slots.
+        name: name of the file: study, configuration, slots and data blocks.
         seal: SHA-256 over those and the state of all files.
     """
 
@@ -42,12 +42,23 @@ class Key:
     seal: bytes
 
     @staticmethod
-    def of(schema: Schema, config: DataConfig, slots: Sequence[str], root: Path, files: Iterable[Path]) -> Key:
-        """The key of one configuration and of the present state of ``files`` (folders and missing ones left out)."""
-        study = hashlib.sha256(
-            b"\0".join([VERSION, schema.digest().encode(), config.digest().encode(), json.dumps(list(slots)).encode()])
-        )
+    def of(
+        schema: Schema,
+        config: DataConfig,
+        slots: Sequence[str],
+        blocks: Iterable[str],
+        who: str,
+        root: Path,
+        files: Iterable[Path],
+    ) -> Key:
+        """The key of one configuration and of the present state of ``files`` (folders and missing ones left out).
+
+        ``who`` says which patients are in the batch, and which of them are null before a record is read.
+        """
+        what = json.dumps([list(slots), sorted(blocks)]).encode()
+        study = hashlib.sha256(b"\0".join([VERSION, schema.digest().encode(), config.digest().encode(), what]))
         name = study.hexdigest()[:32] + ".records"
+        study.update(who.encode() + b"\n")
         for path in files:
             with contextlib.suppress(FileNotFoundError):
                 state = path.stat()

@@ -43,15 +43,24 @@ class CheckReport:
     counts: Mapping[str, int]
 
 
-def check(config: DataConfig, site_dir: Path, schema: Schema, slots: Iterable[str], token: AccessToken) -> CheckReport:
+def check(
+    config: DataConfig,
+    site_dir: Path,
+    schema: Schema,
+    slots: Iterable[str],
+    token: AccessToken,
+    patient_key: bytes | None = None,
+) -> CheckReport:
     """Read everything as training would, without a cache, and say what was found.
+
+    ``patient_key`` is the site's key of the fixed split, where it is made already.
 
     Raises:
         NoAccess: ``token`` is no token of the ledger. A site that cannot be read is reported, not raised.
     """
     owned = frozenset(slots)
     try:
-        everyone = read_everyone(config, site_dir, schema, owned, token)
+        everyone = read_everyone(config, site_dir, schema, owned, token, patient_key=patient_key)
     except BadSite as error:
         return CheckReport(False, 0, (), (), error.problems, {})
     batch = everyone.batch

@@ -209,6 +209,12 @@ class DataConfig(_Frozen):
         root: data folder, relative to the site folder (or absolute).
         participants: csv, tsv or parquet with one row per patient, below ``root``; it lists who is in the study.
         id_column: column of patient ids, here and (unless said otherwise) in every table.
+        identity_column: column of the participants file whose equal, non-empty values mean the same person (a health
+            insurance number, say); such rows are one patient under the smallest id (see :mod:`client.records.register`).
+            Empty: every id is a person.
+        block_column: column of the participants file with each patient's data block (the year of admission, say), for
+            plans that spend on some blocks only. Empty: there are no blocks.
+        blocks: labels of the blocks that are read; empty: all.
         include: keep only patients that match; absent: all.
         ignore: columns and channels that are in the files and are knowingly not used. One that is neither used nor
             listed here is named as a problem of its file.
@@ -219,9 +225,20 @@ class DataConfig(_Frozen):
     root: str = "data"
     participants: str = "participants.tsv"
     id_column: str = "participant_id"
+    identity_column: str = ""
+    block_column: str = ""
+    blocks: tuple[str, ...] = ()
     include: Include | None = None
     ignore: tuple[str, ...] = ()
     slots: dict[str, Source] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Self:
+        if self.blocks and not self.block_column:
+            raise ValueError("blocks: expected block_column beside it; name the column of the participants file")
+        if "all" in self.blocks:
+            raise ValueError("blocks: 'all' is no label of a block; leave blocks empty to read all of them")
+        return self
 
     def source(self, slot: Slot) -> BidsSource | FilmSource | TableSource | SeriesSource | NotesSource:
         """How to read ``slot``: what the site wrote, or the default of the slot's kind.

@@ -92,7 +92,8 @@ def read_visit(
     Raises:
         BadRecord: a film or its gap cannot be used.
     """
-    folder, films, hours = draft.folder(row, visit) / source.folder, {}, {}
+    folder = draft.first_with(draft.folders(row, visit), source.folder, tuple(f"*{end}" for end in EXTENSIONS))
+    films, hours = {}, {}
     paths: dict[str, Path] = {}
     for instance in slot.instances:
         role = place_name(instance, slot)

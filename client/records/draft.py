@@ -14,6 +14,11 @@ from client.records.problems import BadRecord, Problem
 from medgen_models.schema import Factor, Instance, PatientBatch, Schema, Slot
 
 
+def patient_folder(root: Path, name: str) -> Path:
+    """Folder of a patient's images."""
+    return root / (name if name.startswith("sub-") else f"sub-{name}")
+
+
 @dataclasses.dataclass
 class Draft:
     """Rows of patients that readers fill in; local to one call of the loader.
@@ -23,6 +28,7 @@ class Draft:
         root: the data folder; files in problems are named relative to it.
         ids: pseudonyms, one per row.
         sessions: per row, the session labels along the visit axis (one empty label without sessions).
+        names: per row, all identifiers of the person, ascending; the first one is the pseudonym.
         batch: the arrays, changed in place.
         problems: everything that was found wrong.
         counts: what was left out or dropped without being a problem of a record.
@@ -33,15 +39,19 @@ class Draft:
     root: Path
     ids: tuple[str, ...]
     sessions: tuple[tuple[str, ...], ...]
+    names: tuple[tuple[str, ...], ...]
     batch: PatientBatch
     problems: list[Problem] = dataclasses.field(default_factory=list)
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     bad: set[int] = dataclasses.field(default_factory=set)
 
     @staticmethod
-    def of(schema: Schema, root: Path, ids: tuple[str, ...], sessions: tuple[tuple[str, ...], ...]) -> Draft:
+    def of(
+        schema: Schema, root: Path, names: tuple[tuple[str, ...], ...], sessions: tuple[tuple[str, ...], ...]
+    ) -> Draft:
         """A draft in which every patient is null."""
-        return Draft(schema, root, ids, sessions, PatientBatch.empty(schema, len(ids), ids))
+        ids = tuple(one[0] for one in names)
+        return Draft(schema, root, ids, sessions, names, PatientBatch.empty(schema, len(ids), ids))
 
     def name(self, path: Path) -> str:
         """``path`` relative to the data folder, for problems."""
@@ -61,11 +71,24 @@ class Draft:
         for problem in error.problems:
             self.fail(row, problem)
 
-    def folder(self, row: int, visit: int) -> Path:
-        """Folder of one patient's visit."""
-        patient = self.ids[row] if self.ids[row].startswith("sub-") else f"sub-{self.ids[row]}"
-        session = self.sessions[row][visit]
-        return self.root / patient / session if session else self.root / patient
+    def folders(self, row: int, visit: int) -> tuple[Path, ...]:
+        """Folders of one patient's visit, one per identifier that can have one; what has no session is of the first."""
+        session, found = self.sessions[row][visit], []
+        for name in self.names[row]:
+            patient = patient_folder(self.root, name)
+            if session and ((patient / session).is_dir() or visit > 0 or any(patient.glob("ses-*"))):
+                found.append(patient / session)
+            else:
+                found.append(patient)
+        return tuple(found)
+
+    def first_with(self, folders: tuple[Path, ...], below: str, patterns: tuple[str, ...]) -> Path:
+        """``below`` the first of ``folders`` that has a file of these patterns there; further ones are counted."""
+        if len(folders) == 1:
+            return folders[0] / below
+        holding = [f / below for f in folders if any(True for pattern in patterns for _ in (f / below).glob(pattern))]
+        self.counts["folders of a patient's further identifiers, left out"] += max(0, len(holding) - 1)
+        return holding[0] if holding else folders[0] / below
 
     def put_image(self, row: int, visit: int, slot: Slot, instance: Instance, image: np.ndarray) -> None:
         """Store one image, already in [-1, 1] on the slot's grid, with the instance's fixed factor levels."""

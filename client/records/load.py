@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from client.records import bids, cache, dicom, notes, series, tables
 from client.records.config import BidsSource, DataConfig, FilmSource, NotesSource, SeriesSource, TableSource
-from client.records.draft import Draft
+from client.records.draft import Draft, patient_folder
 from client.records.problems import BadRecord, BadSite, NoAccess, NoPatients, Problem, short
+from client.records.register import Person, blocks_of, in_blocks, read_register
 from client.records.split import split_rows
+from client.records.standing import moved, remember_blocks, withdrawals, without_withdrawn
 from medgen_models.schema import PatientBatch, Schema, Slot
 from privacy.ledger import AccessToken, DpToken, LocalToken, UncoveredToken
-
-SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9+_.-]*")
-"""A pseudonym names a folder, so it may hold nothing that leads out of the data folder."""
 
 Source = BidsSource | FilmSource | TableSource | SeriesSource | NotesSource
 
@@ -49,11 +47,34 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class Everyone:
-    """All patients of a site before the split, with problems and counts as in :class:`Records`."""
+    """All patients that a token covers, before the split, with problems and counts as in :class:`Records`.
+
+    Attributes:
+        listed: pseudonyms over which members and held-out patients are split: everybody in the study, those of other
+            blocks and those who withdrew included, so that nobody changes sides when somebody else goes.
+    """
 
     batch: PatientBatch
     problems: tuple[Problem, ...]
     counts: Mapping[str, int]
+    listed: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Who is read, before a record is opened.
+
+    Attributes:
+        persons: patients of the batch, in its order.
+        null: problem of each of them who is null whatever the records say.
+        listed: as in :class:`Everyone`.
+    """
+
+    persons: tuple[Person, ...]
+    null: tuple[tuple[str, Problem], ...]
+    problems: tuple[Problem, ...]
+    counts: Mapping[str, int]
+    listed: tuple[str, ...]
 
 
 def load(
@@ -66,7 +87,7 @@ def load(
     held_out: int,
     cache_key: bytes | None = None,
 ) -> Records:
-    """Read the records of a study at one site.
+    """Read the records of a study at one site, of those patients whom the token's data blocks cover.
 
     Args:
         config: where the files lie; ``config.root`` is relative to ``site_dir``.
@@ -74,8 +95,8 @@ def load(
         schema: the study's public schema.
         slots: slots that this site takes part in; files of others are not opened.
         token: any access token that the site's ledger made.
-        split_key: the site's key of the fixed split.
-        held_out: declared number of held-out patients.
+        split_key: the site's key of the fixed split; what the site remembers of patients is hashed with it too.
+        held_out: declared number of held-out patients, over all blocks.
         cache_key: 32 bytes; if given, the encrypted cache under ``site_dir/cache`` is used and renewed.
 
     Returns:
@@ -87,12 +108,14 @@ def load(
         BadSite: the participants file or the configuration cannot be used.
         ValueError: ``held_out`` is negative or a key is too short.
     """
-    everyone = read_everyone(config, site_dir, schema, slots, token, cache_key)
+    everyone = read_everyone(config, site_dir, schema, slots, token, cache_key, split_key)
     batch, problems = everyone.batch, list(everyone.problems)
     if not bool(batch.visit_BV.any()):
         raise NoPatients(*problems)
-    member_rows, held_rows = split_rows(batch.ids, split_key, held_out)
-    if len(held_rows) < held_out or not held_rows:
+    held = {everyone.listed[row] for row in split_rows(everyone.listed, split_key, held_out)[1]}
+    held_rows = [row for row, name in enumerate(batch.ids) if name in held]
+    member_rows = [row for row, name in enumerate(batch.ids) if name not in held]
+    if not held_rows or (len(held_rows) < held_out and not blocks_of(token)):
         problems.append(
             Problem("site.toml", "site.declared_held_out", f"{held_out} declared, {len(held_rows)} there",
                     "held-out patients are the control of every attack, and one patient at least trains",
@@ -108,40 +131,107 @@ def read_everyone(
     slots: Iterable[str],
     token: AccessToken,
     cache_key: bytes | None = None,
+    patient_key: bytes | None = None,
 ) -> Everyone:
-    """All patients of the site, before the split; arguments and errors as in :func:`load`."""
+    """All patients of the site whom the token covers, before the split; arguments and errors as in :func:`load`.
+
+    Without ``patient_key`` what the site remembers by keyed hashes is not looked at: identities of withdrawn patients,
+    and blocks.
+    """
     if not isinstance(token, (DpToken, LocalToken, UncoveredToken)):
         raise NoAccess
-    root = site_dir / config.root
+    with _named_errors(config):
+        sources = owned_sources(config, schema, frozenset(slots))
+        chosen = select(config, site_dir, token, patient_key)
+        if not chosen.persons:
+            raise NoPatients(*chosen.problems)
+        if patient_key is not None and not isinstance(token, LocalToken):
+            remember_blocks(site_dir, chosen.persons, patient_key)
+        return _read_or_recall(config, site_dir, schema, sources, chosen, blocks_of(token), cache_key)
+
+
+def read_synthetic(folder: Path, schema: Schema, slots: Iterable[str], token: AccessToken) -> PatientBatch:
+    """A synthetic cohort in the default layout, by the readers that read a hospital's own files.
+
+    Its patients are in no data block, so the token's blocks do not restrict them.
+    """
+    if not isinstance(token, (DpToken, LocalToken, UncoveredToken)):
+        raise NoAccess
+    config = DataConfig(root=".")
+    with _named_errors(config):
+        sources, register = owned_sources(config, schema, frozenset(slots)), read_register(config, folder)
+        names = tuple(person.name for person in register.included)
+        if not names:
+            raise NoPatients(*register.problems)
+        chosen = Selection(register.included, _null(register.included, {}), register.problems, {}, names)
+        return _read_or_recall(config, folder, schema, sources, chosen, frozenset(), None).batch
+
+
+@contextlib.contextmanager
+def _named_errors(config: DataConfig) -> Iterator[None]:
+    """A folder that may not be opened, or a share that went away, is a site that cannot be read."""
     try:
-        return _read_or_recall(config, site_dir, root, schema, frozenset(slots), cache_key)
-    except OSError as error:  # a folder that may not be opened, a share that went away
+        yield
+    except OSError as error:
         raise BadSite(
             Problem(config.root, "files", type(error).__name__, "the data folder can be read", "check mount and rights")
         ) from None
 
 
+def select(config: DataConfig, site_dir: Path, token: AccessToken, patient_key: bytes | None) -> Selection:
+    """Who is read with this token: in the study, of a covered block, not withdrawn; and who of them is null already.
+
+    Raises:
+        BadSite: the participants file cannot be used, or the token names blocks that the site cannot tell apart.
+    """
+    register = read_register(config, site_dir / config.root)
+    gone = withdrawals(site_dir)
+    present = without_withdrawn(register.included, gone, patient_key)
+    persons = in_blocks(present, config, blocks_of(token))
+    elsewhere: dict[str, Problem] = {}
+    if config.block_column and patient_key is not None:
+        elsewhere = moved(site_dir, persons, config.participants, config.block_column, patient_key)
+    names = {person.name for person in register.included}
+    left = {entry.patient for entry in gone if entry.patient}  # in the study once, their row is gone
+    counts = {
+        "patients who withdrew, left out": len(register.included) - len(present),
+        "patients of other data blocks, left out": len(present) - len(persons),
+    }
+    listed = tuple(sorted(names | left))
+    return Selection(persons, _null(persons, elsewhere), register.problems, counts, listed)
+
+
+def _null(persons: Iterable[Person], elsewhere: Mapping[str, Problem]) -> tuple[tuple[str, Problem], ...]:
+    found = [(person.name, fault) for person in persons for fault in person.faults]
+    return (*found, *elsewhere.items())
+
+
 def _read_or_recall(
-    config: DataConfig, site_dir: Path, root: Path, schema: Schema, slots: frozenset[str], cache_key: bytes | None
+    config: DataConfig,
+    site_dir: Path,
+    schema: Schema,
+    sources: list[tuple[Slot, Source]],
+    chosen: Selection,
+    blocks: frozenset[str],
+    cache_key: bytes | None,
 ) -> Everyone:
     """From the cache if it still fits the files, else from the files."""
-    sources = owned_sources(config, schema, slots)
-    ids, problems, twice = list_patients(config, root)
-    if not ids:
-        raise NoPatients(*problems)
+    root = site_dir / config.root
     files = {slot.name: table_file(root, slot, source) for slot, source in sources}
     if cache_key is None:
-        return _read(config, root, schema, sources, files, ids, problems, twice)
+        return _read(config, root, schema, sources, files, chosen)
     watched = [root / config.participants, *(path for path in files.values() if path is not None)]
     watched += [root / source.table for _, source in sources if isinstance(source, FilmSource) and source.table]
     if any(isinstance(source, BidsSource | FilmSource) for _, source in sources):
         watched += sorted(root.glob("*.json"))
-        watched += [path for name in ids for path in sorted(patient_folder(root, name).rglob("*"))]
-    key = cache.Key.of(schema, config, sorted(slot.name for slot, _ in sources), root, watched)
+        names = [name for person in chosen.persons for name in person.ids]
+        watched += [path for name in names for path in sorted(patient_folder(root, name).rglob("*"))]
+    who = json.dumps([[person.ids for person in chosen.persons], [name for name, _ in chosen.null]])
+    key = cache.Key.of(schema, config, sorted(slot.name for slot, _ in sources), blocks, who, root, watched)
     stored = cache.load(site_dir / "cache", key, cache_key, schema)
     if stored is not None:
-        return Everyone(*stored)
-    fresh = _read(config, root, schema, sources, files, ids, problems, twice)
+        return Everyone(*stored, chosen.listed)
+    fresh = _read(config, root, schema, sources, files, chosen)
     with contextlib.suppress(OSError):  # a full disk costs time, not the round
         cache.save(site_dir / "cache", key, cache_key, schema, fresh.batch, fresh.problems, fresh.counts)
     return fresh
@@ -167,46 +257,6 @@ def owned_sources(config: DataConfig, schema: Schema, slots: frozenset[str]) -> 
         ) from None
 
 
-def list_patients(config: DataConfig, root: Path) -> tuple[tuple[str, ...], list[Problem], dict[str, int]]:
-    """Pseudonyms of the included patients in ascending order, problems, and those listed more than once.
-
-    Raises:
-        BadSite: the participants file cannot be read, or lacks the id column or the column of the filter.
-    """
-    path, file = root / config.participants, config.participants
-    required = (config.id_column, *((config.include.column,) if config.include else ()))
-    if not path.is_file():
-        raise BadSite(
-            Problem(file, "file", "not found", "one row per patient", "correct data.root or data.participants")
-        )
-    try:
-        table = tables.read_table(path, file, required)
-    except BadRecord as error:
-        raise BadSite(*error.problems) from None
-    problems: list[Problem] = []
-    if config.include is not None:
-        wanted = {tables.canonical_text(value) for value in config.include.values}
-        table = table[table[config.include.column].isin(wanted)]
-        if table.empty:
-            problems.append(
-                Problem(file, config.include.column, "no such row", f"one of {', '.join(sorted(wanted))}",
-                        "correct data.include")
-            )  # fmt: skip
-    names = Counter(map(str, table[config.id_column]))
-    for name in [n for n in names if not SAFE_ID.fullmatch(n)]:
-        problems.append(
-            Problem(file, config.id_column, short(name) or "empty", "letters, digits and + - _ . only",
-                    "give the patient a pseudonym; the row is left out")
-        )  # fmt: skip
-        del names[name]
-    return tuple(sorted(names)), problems, {name: count for name, count in names.items() if count > 1}
-
-
-def patient_folder(root: Path, name: str) -> Path:
-    """Folder of a patient's images."""
-    return root / (name if name.startswith("sub-") else f"sub-{name}")
-
-
 def table_file(root: Path, slot: Slot, source: Source) -> Path | None:
     """The file of a table, series or notes slot, if there is one."""
     if isinstance(source, BidsSource | FilmSource):
@@ -216,28 +266,28 @@ def table_file(root: Path, slot: Slot, source: Source) -> Path | None:
 
 
 def session_labels(
-    root: Path, ids: Sequence[str], images: bool, frames: Iterable[tuple[pd.DataFrame, str, str]]
+    root: Path, names: Sequence[Sequence[str]], images: bool, frames: Iterable[tuple[pd.DataFrame, str, str]]
 ) -> list[tuple[str, ...]]:
     """Per patient, the labels of all sessions in ascending order; one empty label where there are none.
 
     Args:
         root: the data folder.
-        ids: pseudonyms.
+        names: identifiers of each patient.
         images: look for session folders.
         frames: tables with their id column and their session column (which a table need not have).
     """
-    labels: dict[str, set[str]] = {tables.canonical_id(name): set() for name in ids}
-    for name in ids if images else ():
-        folder = patient_folder(root, name)
-        labels[tables.canonical_id(name)] |= {p.name for p in folder.glob("ses-*") if p.is_dir()}
+    found: list[set[str]] = [set() for _ in names]
+    row_of = {tables.canonical_id(name): row for row, all_names in enumerate(names) for name in all_names}
+    for row, name in ((row, name) for row, all_names in enumerate(names) for name in all_names if images):
+        found[row] |= {p.name for p in patient_folder(root, name).glob("ses-*") if p.is_dir()}
     for frame, id_column, visit_column in frames:
         if visit_column in frame.columns:
             for name, label in frame[[id_column, visit_column]].drop_duplicates().itertuples(index=False):
-                place = labels.get(tables.canonical_id(name))
+                place = row_of.get(tables.canonical_id(name))
                 text = tables.session_label("" if pd.isna(label) else label)
                 if place is not None and text:
-                    place.add(text)
-    return [tuple(sorted(labels[tables.canonical_id(name)])) or ("",) for name in ids]
+                    found[place].add(text)
+    return [tuple(sorted(labels)) or ("",) for labels in found]
 
 
 def _read(
@@ -246,11 +296,11 @@ def _read(
     schema: Schema,
     sources: list[tuple[Slot, Source]],
     files: dict[str, Path | None],
-    ids: tuple[str, ...],
-    problems: list[Problem],
-    twice: dict[str, int],
+    chosen: Selection,
 ) -> Everyone:
     """Read every slot of the site into one batch."""
+    problems = list(chosen.problems)
+    names = tuple(person.ids for person in chosen.persons)
     frames: dict[str, tuple[pd.DataFrame, str, str]] = {}
     known = set(config.ignore) | {config.include.column if config.include else config.id_column}
     for slot, source in sources:
@@ -276,17 +326,15 @@ def _read(
             continue
         frames[slot.name] = (frame, id_column, source.visit_column)
     images = any(isinstance(source, BidsSource | FilmSource) for _, source in sources)
-    labels = session_labels(root, ids, images, frames.values())
-    draft = Draft.of(schema, root, ids, tuple(label[: schema.max_visits] for label in labels))
+    labels = session_labels(root, names, images, frames.values())
+    draft = Draft.of(schema, root, names, tuple(label[: schema.max_visits] for label in labels))
     draft.problems.extend(problems)
+    draft.counts.update(chosen.counts)
     draft.counts["sessions beyond the study's visits, left out"] += sum(
         max(0, len(label) - schema.max_visits) for label in labels
     )
-    for name, count in twice.items():
-        draft.fail(
-            ids.index(name),
-            Problem(config.participants, config.id_column, name, f"one row per patient, found {count}", "keep one row"),
-        )
+    for name, problem in chosen.null:
+        draft.fail(draft.ids.index(name), problem)
     for slot, source in sources:
         match source:
             case BidsSource():
@@ -307,4 +355,5 @@ def _read(
     batch = draft.finish()
     empty = int((~batch.visit_BV.any(dim=1)).sum()) - len(draft.bad)
     draft.counts["patients without any record of the site's slots"] += empty
-    return Everyone(batch, tuple(draft.problems), {k: int(v) for k, v in sorted(draft.counts.items()) if v})
+    counts = {k: int(v) for k, v in sorted(draft.counts.items()) if v}
+    return Everyone(batch, tuple(draft.problems), counts, chosen.listed)

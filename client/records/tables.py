@@ -168,10 +168,17 @@ def source_names(slot: Slot, renames: dict[str, str], present: list[str]) -> dic
 def rows_and_visits(
     draft: Draft, table: pd.DataFrame, id_column: str, visit_column: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row of the draft (-1: not in the study) and visit (-1: beyond the schema's visits) of each line of a table."""
-    row_of = {canonical_id(name): row for row, name in enumerate(draft.ids)}
+    """Row of the draft (-1: not in the study) and visit (-1: beyond the schema's visits) of each line of a table.
+
+    Where a person has several identifiers, the lines of the smallest one that has any at a visit count; the others are
+    taken as not in the study, and counted.
+    """
+    place_of = {
+        canonical_id(name): (row, rank) for row, names in enumerate(draft.names) for rank, name in enumerate(names)
+    }
     codes, unique = pd.factorize(table[id_column])
-    row = np.array([row_of.get(canonical_id(value), -1) for value in unique] + [-1])[codes]
+    places = np.array([place_of.get(canonical_id(value), (-1, 0)) for value in unique] + [(-1, 0)])[codes]
+    row, rank = places[:, 0].copy(), places[:, 1]
     visit = np.zeros(len(table), dtype=np.int64)
     if visit_column in table.columns:
         labels = table[visit_column].astype(object).where(table[visit_column].notna(), "").map(session_label)
@@ -179,6 +186,11 @@ def rows_and_visits(
         place = {(r, s): v for r in pairs["row"].unique() if r >= 0 for v, s in enumerate(draft.sessions[r])}
         place |= {(r, ""): 0 for r in pairs["row"].unique()}
         visit = np.array([place.get((r, s), -1) for r, s in zip(row, labels, strict=True)], dtype=np.int64)
+    if rank.any():
+        lines = pd.DataFrame({"row": row, "visit": visit, "rank": rank})
+        further = rank > lines.groupby(["row", "visit"])["rank"].transform("min").to_numpy()
+        draft.counts["lines of a patient's further identifiers, left out"] += int(further.sum())
+        row[further] = -1
     return row, visit
 
 
