@@ -5,22 +5,28 @@ Stage: run at a site on public or synthetic units of the study's shapes, at the 
 Covered, each refused with an error that names it
     * ``loss``: not a scalar, not floating point, or not finite on public units.
     * ``randomness``: the loss draws numbers itself (dropout, noise); everything random belongs into the unit.
-    * ``state``: a parameter or buffer of a module behind the loss changes in a call (batch norm, EMA codebooks).
-    * ``engine``: vmap differs from the loop, also for permuted and channels-last memory and for batches of 1 and 3.
+    * ``state``: a parameter or buffer of a module behind the loss changes in a call (batch norm).
+    * ``codebook``: the same in a vector quantiser, whose moving averages would release private latents without noise.
+    * ``checkpointing``: the loss recomputes in the backward pass; hooks see too little of that and vmap cannot.
+    * ``shared weights``: a weight is read past ``params`` or, under hooks, outside the layer that owns it.
+    * ``engine``: expand or vmap differs from the loop, also for permuted and channels-last memory and a batch of 1.
     * ``coupling``: changing one unit changes another's gradient.
+    * ``hooks``: Opacus's gradients differ from the loop's, or it fails.
     Weights are tried as given and slightly moved, since freshly zeroed layers hide errors behind zero gradients.
 
 Not covered
     * Code that behaves differently on other inputs than the probed ones; units are tried, not all values.
     * State that the loss keeps outside any ``nn.Module``, unless it shows in a gradient.
+    * Rounding: a unit's gradient depends on its companions in the chunk by about 1e-7 of itself.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +38,32 @@ from privacy.engines import (
     UnitLoss,
     Units,
     batch_size,
+    expand_gradients,
     flat_rows,
     hooks_gradients,
     loop_gradients,
     vmap_gradients,
 )
+from privacy.probe_watch import (
+    StaleWeights,
+    WeightsAstray,
+    changed,
+    checkpoint_calls,
+    is_codebook,
+    modules_behind,
+    snapshot,
+)
 
-Check = Literal["loss", "randomness", "state", "engine", "coupling", "hooks"]
+Check = Literal[
+    "loss", "randomness", "state", "codebook", "checkpointing", "shared weights", "engine", "coupling", "hooks"
+]
+Vectorised = Literal["expand", "vmap"]
 Gradients = dict[str, Tensor]
 Differentiate = Callable[[Params, Units], tuple[Gradients, Tensor]]
 
 TOLERANCE = 1e-4  # relative, of one parameter's gradient; floored by a thousandth of the whole
 FLOOR = 1e-3
 JITTER = 0.02
-MOST_OBJECTS = 10_000  # looked at in the search for modules
 PROBE_SEED = 20_240_229  # of the small public displacement of the weights
 
 
@@ -78,7 +96,13 @@ class ProbeReport:
     layouts: tuple[str, ...]
 
 
-def probe(unit_loss: UnitLoss, params: Params, units: Units, modules: Sequence[nn.Module] = ()) -> ProbeReport:
+def probe(
+    unit_loss: UnitLoss,
+    params: Params,
+    units: Units,
+    modules: Sequence[nn.Module] = (),
+    engines: Sequence[Vectorised] = ("expand", "vmap"),
+) -> ProbeReport:
     """Prove ``unit_loss`` fit for per-patient clipping, or name what broke.
 
     Args:
@@ -86,6 +110,7 @@ def probe(unit_loss: UnitLoss, params: Params, units: Units, modules: Sequence[n
         params: the trainable parameters, at public weights.
         units: at least three public units of the study's shapes; where a slot can be missing, let it be in one of them.
         modules: networks behind the loss, watched for changes; those found in its closure are watched too.
+        engines: vectorised engines to prove beside the loop; none for a loss that only the loop can run.
 
     Raises:
         GradientProbeError: with the check that failed.
@@ -94,9 +119,11 @@ def probe(unit_loss: UnitLoss, params: Params, units: Units, modules: Sequence[n
         raise ValueError(f"Expected at least 3 public units to probe with, got {batch_size(units)}")
     three = {name: value[:3] for name, value in units.items()}
     watched = [*modules, *modules_behind(unit_loss)]
+    _check_checkpointing(lambda: unit_loss(displaced(params), {name: value[0] for name, value in three.items()}))
     _check_loss(unit_loss, params, three, watched)
     reference: Differentiate = functools.partial(loop_gradients, unit_loss)
-    vmapped: Differentiate = functools.partial(vmap_gradients, unit_loss)
+    _check_stale(unit_loss, params, three, watched)
+    vectorised: dict[str, Differentiate] = {name: functools.partial(_ENGINES[name], unit_loss) for name in engines}
     worst, reached, layouts = 0.0, set[str](), list[str]()
     for weights in (params, displaced(params)):
         wanted, _ = _watching(watched, reference, weights, three)
@@ -104,14 +131,22 @@ def probe(unit_loss: UnitLoss, params: Params, units: Units, modules: Sequence[n
         layouts = []
         for layout, placed in memory_layouts(three):
             layouts.append(layout)
-            for engine, differentiate in (("loop", reference), ("vmap", vmapped)):
+            for engine, differentiate in (("loop", reference), *vectorised.items()):
                 found, _ = _watching(watched, differentiate, weights, placed)
                 worst = max(worst, _compare(found, wanted, f"{engine} on {layout} units"))
-        alone, _ = _watching(watched, vmapped, weights, {name: value[:1] for name, value in three.items()})
-        worst = max(worst, _compare(alone, {name: value[:1] for name, value in wanted.items()}, "vmap on a batch of 1"))
-        for name, differentiate in (("loop", reference), ("vmap", vmapped)):
-            _check_coupling(differentiate, weights, three, name)
+        first = {name: value[:1] for name, value in wanted.items()}
+        for engine, differentiate in vectorised.items():
+            alone, _ = _watching(watched, differentiate, weights, {name: value[:1] for name, value in three.items()})
+            worst = max(worst, _compare(alone, first, f"{engine} on a batch of 1"))
+        for engine, differentiate in (("loop", reference), *vectorised.items()):
+            _check_coupling(differentiate, weights, three, engine)
     return ProbeReport(3, worst, tuple(sorted(set(params) - reached)), tuple(layouts))
+
+
+_ENGINES: Mapping[str, Callable[[UnitLoss, Params, Units], tuple[Gradients, Tensor]]] = {
+    "expand": expand_gradients,
+    "vmap": vmap_gradients,
+}
 
 
 def probe_hooks(
@@ -133,6 +168,7 @@ def probe_hooks(
     """
     report = probe(unit_loss, params, units, (module,))
     three = {name: value[:3] for name, value in units.items()}
+    _check_layers(module, batch_loss, params, three)
 
     def differentiate(weights: Params, placed: Units) -> tuple[Gradients, Tensor]:
         try:
@@ -170,45 +206,13 @@ def _stored(value: Tensor, first: int, second: int) -> Tensor:
     return value.transpose(first, second).contiguous().transpose(first, second)
 
 
-def modules_behind(function: object) -> list[nn.Module]:
-    """Modules that a function holds: bound object, partial, closure, defaults, containers and attributes of those."""
-    found: list[nn.Module] = []
-    seen: dict[int, object] = {}
-    queue: list[Any] = [function]
-    while queue and len(seen) < MOST_OBJECTS:
-        item = queue.pop()
-        if id(item) in seen or isinstance(item, str | bytes | int | float | Tensor | type):
-            continue
-        seen[id(item)] = item
-        if isinstance(item, nn.Module):
-            found.append(item)
-            continue
-        if isinstance(item, functools.partial):
-            queue += [item.func, *item.args, *item.keywords.values()]
-        if isinstance(item, Mapping):
-            queue += list(item.values())
-        elif isinstance(item, Sequence):
-            queue += list(item)
-        queue += [getattr(item, name, None) for name in ("__self__", "__func__", "__wrapped__")]
-        queue += [_content(cell) for cell in getattr(item, "__closure__", None) or ()]
-        queue += [*(getattr(item, "__defaults__", None) or ()), *getattr(item, "__dict__", {}).values()]
-    return found
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # an empty cell
-        return None
-
-
 def _check_loss(unit_loss: UnitLoss, params: Params, units: Units, watched: Sequence[nn.Module]) -> None:
     first = {name: value[0] for name, value in units.items()}
-    before = _snapshot(watched)
+    before = snapshot(watched)
     with torch.no_grad():
         once = unit_loss(dict(params), dict(first))
         twice = unit_loss(dict(params), dict(first))
-    _check_snapshot(before, _snapshot(watched))
+    _check_unchanged(before, watched)
     if once.shape != ():
         raise GradientProbeError(
             "loss", f"Expected a scalar per patient, got shape {tuple(once.shape)}; reduce it inside"
@@ -227,7 +231,7 @@ def _watching(
     modules: Sequence[nn.Module], differentiate: Differentiate, params: Params, units: Units
 ) -> tuple[Gradients, Tensor]:
     """Differentiate while watching that modules stay as they were; functorch's own refusals are named too."""
-    before = _snapshot(modules)
+    before = snapshot(modules)
     try:
         result = differentiate(params, units)
     except GradientProbeError:
@@ -241,25 +245,66 @@ def _watching(
                 "state", f"the loss changes a tensor that it does not own: {text[:200]}"
             ) from error
         raise GradientProbeError("engine", f"the loss cannot be differentiated per patient: {text[:300]}") from error
-    _check_snapshot(before, _snapshot(modules))
+    _check_unchanged(before, modules)
     return result
 
 
-def _snapshot(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
-    return {
-        f"{type(module).__name__}.{name}": value.detach().clone()
-        for module in modules
-        for name, value in [*module.named_parameters(), *module.named_buffers()]
-    }
+def _check_unchanged(before: Mapping[str, Tensor], modules: Sequence[nn.Module]) -> None:
+    name = changed(before, snapshot(modules))
+    if name is None:
+        return
+    if is_codebook(name, modules):
+        raise GradientProbeError(
+            "codebook",
+            f"{name} changed in a forward pass: a moving average of private latents would leave without noise; "
+            "use a KL autoencoder, or train the codebook publicly and freeze it (eval mode)",
+        )
+    raise GradientProbeError(
+        "state", f"{name} changed in a forward pass, which would release it without noise; freeze it (eval mode)"
+    )
 
 
-def _check_snapshot(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    for name, value in before.items():
-        if name not in after or not torch.equal(torch.nan_to_num(value), torch.nan_to_num(after[name])):
+def _check_checkpointing(run: Callable[[], object]) -> None:
+    """Recomputation in the backward pass is refused by name, before an engine stumbles over it in its own words."""
+    with checkpoint_calls() as calls:
+        run()
+    if calls:
+        raise GradientProbeError(
+            "checkpointing",
+            f"the loss calls torch.utils.checkpoint ({calls[0]}), whose recomputation per-patient engines cannot see; "
+            "turn it off: a smaller chunk bounds memory instead",
+        )
+
+
+def _check_stale(unit_loss: UnitLoss, params: Params, units: Units, watched: Sequence[nn.Module]) -> None:
+    """The trained network's own weights may not be read: their gradient would be missing."""
+    first = {name: value[0] for name, value in units.items()}
+    for module in watched:
+        if not set(params) <= {name for name, _ in module.named_parameters()}:
+            continue
+        with torch.no_grad(), StaleWeights(module, params) as stale:
+            unit_loss(displaced(params), dict(first))
+        if stale.names:
             raise GradientProbeError(
-                "state",
-                f"{name} changed in a forward pass, which would release it without noise; freeze it (eval mode)",
+                "shared weights",
+                f"the loss reads {stale.names[0]} from its module, not from params; call it by functional_call alone",
             )
+
+
+def _check_layers(module: nn.Module, batch_loss: BatchLoss, params: Params, units: Units) -> None:
+    """Under hooks, every trained weight is read by the layer that owns it, and nothing is recomputed."""
+    private = copy.deepcopy(module)
+    private.load_state_dict(dict(params), strict=False)
+    _check_checkpointing(lambda: batch_loss(private, dict(units)))
+    with WeightsAstray(private) as astray:
+        batch_loss(private, dict(units))
+    trained = [name for name in astray.names if name in params]
+    if trained:
+        raise GradientProbeError(
+            "shared weights",
+            f"{trained[0]} is read outside the forward pass of its layer, where hooks do not see it; "
+            "use engine 'expand', 'vmap' or 'loop'",
+        )
 
 
 def _compare(found: Gradients, wanted: Gradients, where: str, check: Check = "engine") -> float:

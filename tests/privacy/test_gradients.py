@@ -1,29 +1,24 @@
-"""Per-patient gradients: engines equal, patients apart, bad ones silent, and the probe names every seeded bug."""
+"""Per-patient gradients: engines equal, patients apart, bad ones silent, no hooks without proof."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from privacy.engines import UnitLoss, hooks_gradients, loop_gradients, vmap_gradients
+from privacy.engines import UnitLoss, loop_gradients, vmap_gradients
 from privacy.gradients import (
     Engine,
-    GradientProbeError,
     Speed,
     batch_size,
     measure_speed,
     per_patient_gradients,
-    probe,
-    probe_hooks,
     silence_nonfinite,
     unit_norms,
 )
-from privacy.probe import memory_layouts, modules_behind
+from privacy.probe import memory_layouts
 
 Make = Callable[..., dict[str, Tensor]]
 ToParams = Callable[[nn.Module], dict[str, Tensor]]
@@ -171,218 +166,6 @@ def test_an_engine_that_cannot_run_a_loss_is_left_out_of_the_trial() -> None:
     assert measure_speed(loss, params, units, repeats=1).engine == "loop"
     with pytest.raises(ValueError, match="no engine"):
         measure_speed(loss, params, units, engines=("expand", "vmap"), repeats=1)
-
-
-# --- the probe -------------------------------------------------------------------------------------------------------
-
-
-def functional(net: nn.Module, read: Callable[[Tensor], Tensor] = lambda out: (out**2).mean()) -> UnitLoss:
-    def loss(params: dict[str, Tensor], unit: dict[str, Tensor]) -> Tensor:
-        return read(torch.func.functional_call(net, params, (unit["x"],)))
-
-    return loss
-
-
-def images(patients: int = 3, channels: int = 2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {"x": torch.randn(patients, channels, 6, 6, generator=generator)}
-
-
-def seeded(net: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return net
-
-
-class ConvNet(nn.Module):
-    """Two convolutions; ``last`` makes the activation between them channels-last, as attention blocks do."""
-
-    def __init__(self, last: bool = False) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(2, 4, 3, padding=1)
-        self.norm = nn.GroupNorm(2, 4)
-        self.second = nn.Conv2d(4, 2, 3)
-        self.last = last
-        seeded(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = x.ndim == 3
-        h = torch.nn.functional.silu(self.norm(self.first(x[None] if single else x)))
-        if self.last:
-            h = h.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).view_as(h)
-        out: Tensor = self.second(h)
-        return out[0] if single else out
-
-
-def test_a_sound_loss_passes(dp_net: nn.Module, dp_net_loss: UnitLoss, dp_net_units: Make, dp_params: ToParams) -> None:
-    report = probe(dp_net_loss, dp_params(dp_net), dp_net_units(3, 2), (dp_net,))
-    assert report.worst_error < 1e-5
-    assert report.unreached == ()
-    assert report.layouts == ("contiguous", "permuted", "channels-last")
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_convolutions_pass_in_every_layout(last: bool, dp_params: ToParams) -> None:
-    net = ConvNet(last)
-    assert probe(functional(net), dp_params(net), images()).worst_error < 1e-4
-
-
-def test_zero_layers_are_probed_behind_a_displacement(dp_params: ToParams) -> None:
-    net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
-    seeded(net)
-    with torch.no_grad():
-        net[1].weight.zero_()
-    assert probe(functional(net), dp_params(net), images()).unreached == ()
-    unused = dp_params(net) | {"unused": torch.zeros(2)}
-    read = functional(net)
-    report = probe(
-        lambda params, unit: read({k: v for k, v in params.items() if k != "unused"}, unit), unused, images()
-    )
-    assert report.unreached == ("unused",)
-
-
-def refused(check: str, loss: UnitLoss, net: nn.Module, units: dict[str, Tensor], match: str) -> None:
-    params = {name: value.detach().clone() for name, value in net.named_parameters()}
-    with pytest.raises(GradientProbeError, match=match) as caught:
-        probe(loss, params, units)
-    assert caught.value.check == check
-
-
-def test_a_loss_of_shape_one_is_refused() -> None:
-    net = ConvNet()
-    refused("loss", functional(net, lambda out: (out**2).mean().reshape(1)), net, images(), r"shape \(1,\)")
-    refused("loss", functional(net, lambda out: (out**2).mean(dim=(1, 2))), net, images(), r"shape \(2,\)")
-
-
-def test_an_infinite_or_whole_number_loss_is_refused() -> None:
-    net = ConvNet()
-    refused("loss", functional(net, lambda out: out.sum() / 0.0), net, images(), "finite loss")
-    refused("loss", functional(net, lambda out: out.argmax()), net, images(), "floating-point")
-
-
-def test_dropout_is_refused() -> None:
-    net = nn.Sequential(ConvNet(), nn.Dropout(0.5)).train()
-    refused("randomness", functional(net), net, images(), "prepare")
-
-
-def test_batch_norm_is_refused_for_its_buffers() -> None:
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm2d(2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(x[None])[0]
-
-    net = Wrapped().train()
-    refused("state", functional(net), net, images(), r"running_mean changed|num_batches")
-
-
-def test_an_ema_codebook_is_refused() -> None:
-    class Codebook(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.enter = nn.Linear(6, 3)
-            self.register_buffer("codes", torch.zeros(3))
-            seeded(self)
-
-        def forward(self, x: Tensor) -> Tensor:
-            z: Tensor = self.enter(x)
-            with torch.no_grad():
-                self.codes = 0.9 * self.codes + 0.1 * z.detach().mean(dim=(0, 1))
-            return z
-
-    refused("state", functional(net := Codebook()), net, images(), "codes changed")
-
-
-def test_a_parameter_that_is_not_trained_may_not_move() -> None:
-    net = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 2))
-
-    def loss(params: dict[str, Tensor], unit: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad():
-            net[1].weight.add_(0.001)
-        return (torch.func.functional_call(net, params, (unit["x"],)) ** 2).mean()
-
-    with pytest.raises(GradientProbeError, match=r"1\.weight changed"):
-        probe(loss, {"0.weight": net[0].weight.detach().clone()}, images())
-
-
-def test_a_loss_that_remembers_earlier_patients_is_refused(dp_params: ToParams) -> None:
-    net, memory = ConvNet(), dict[str, Tensor]()
-
-    def loss(params: dict[str, Tensor], unit: dict[str, Tensor]) -> Tensor:
-        out = torch.func.functional_call(net, params, (unit["x"],))
-        total = (out**2).mean() + (out * memory.get("last", torch.zeros_like(out))).mean()
-        memory["last"] = torch.ones_like(out) * unit["x"].detach().abs().max()
-        return total
-
-    with pytest.raises(GradientProbeError) as caught:
-        probe(loss, dp_params(net), images())
-    assert caught.value.check in ("coupling", "randomness", "engine")
-
-
-def test_modules_are_found_wherever_a_loss_holds_them() -> None:
-    net = nn.Linear(2, 2)
-
-    def inner(params: Any, unit: Any, held: nn.Module) -> Tensor:
-        return torch.zeros(())
-
-    class Holder:
-        def __init__(self) -> None:
-            self.net = net
-
-        def loss(self, params: Any, unit: Any) -> Tensor:
-            return torch.zeros(())
-
-    for function in (functional(net), functools.partial(inner, held=net), net.forward, Holder().loss):
-        assert net in modules_behind(function)
-
-
-def test_the_probe_needs_three_units(dp_params: ToParams) -> None:
-    net = ConvNet()
-    with pytest.raises(ValueError, match="at least 3"):
-        probe(functional(net), dp_params(net), images(2))
-
-
-# --- Opacus's hooks --------------------------------------------------------------------------------------------------
-
-
-def batched(read: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
-    return lambda module, units: read(module(units["x"]))
-
-
-def test_hooks_pass_on_linear_layers_and_equal_vmap(dp_params: ToParams) -> None:
-    net = seeded(nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.LayerNorm(4), nn.Linear(4, 2)))
-    params, units = dp_params(net), images(5)
-    proof = probe_hooks(net, batched(lambda out: (out**2).mean(dim=(1, 2, 3))), functional(net), params, units)
-    assert proof.worst_error < 1e-4
-    found = per_patient_gradients(functional(net), params, units, Speed("hooks", chunk=2), proof)
-    assert relative_error(found, per_patient_gradients(functional(net), params, units, Speed("vmap"))) < 1e-5
-    assert not any(hasattr(parameter, "grad_sample") for parameter in net.parameters())
-    assert not hasattr(net, "autograd_grad_sample_hooks")
-
-
-def test_hooks_are_refused_where_opacus_is_silently_wrong(dp_params: ToParams) -> None:
-    net = ConvNet(last=True)
-    loss = batched(lambda out: (out**2).mean(dim=(1, 2, 3)))
-    wrong, _ = hooks_gradients(net, loss, dp_params(net), images())
-    right, _ = loop_gradients(functional(net), dp_params(net), images())
-    assert relative_error(wrong, right) > 0.1  # no error is raised: this is why the probe exists
-    with pytest.raises(GradientProbeError, match="differs from the loop") as caught:
-        probe_hooks(net, loss, functional(net), dp_params(net), images())
-    assert caught.value.check == "hooks"
-
-
-def test_a_batched_loss_that_couples_or_reduces_is_refused(dp_params: ToParams) -> None:
-    net = seeded(nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 2)))
-    params = dp_params(net)
-    with pytest.raises(GradientProbeError, match="batch_loss of shape"):
-        probe_hooks(net, batched(lambda out: (out**2).mean(dim=(1, 2, 3))[:, None]), functional(net), params, images())
-    coupled = batched(lambda out: ((out - out.mean(0)) ** 2).mean(dim=(1, 2, 3)))
-    with pytest.raises(GradientProbeError, match=r"differs|another patient"):
-        probe_hooks(net, coupled, functional(net), params, images())
 
 
 def test_hooks_without_proof_are_refused(dp_net: nn.Module, dp_net_loss: UnitLoss, dp_net_units: Make) -> None:
