@@ -1,4 +1,4 @@
-"""The site disposes: ``site.toml``, and what a study must pass before it may ask for anything.
+"""The site disposes: what a study must pass before it may ask for anything.
 
 A plan arrives signed (:func:`propose`), waits, and is approved or rejected by a person at the site (:func:`approve`,
 :func:`reject`). Approval reserves the plan's whole spend in the ledger. Every task is then held against the approval *and*
@@ -12,179 +12,40 @@ completes it and reserves nothing twice.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
-import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-
-from client.records.config import DataConfig
-from privacy.boundary.plan import Label, StudyPlan, plan_hash
+from client.site import SITE_LOG, SiteConfig
+from privacy.accounting import AccountantsDisagree
+from privacy.book import Head
+from privacy.boundary.plan import StudyPlan, plan_hash
 from privacy.boundary.refusals import Refused
 from privacy.boundary.signing import verify_plan
 from privacy.chain import ChainError, ChainFile, canonical, now_utc, write_durably
 from privacy.identity import IdentityKey, MaskingKey, fingerprint
 from privacy.ledger import Ledger
-from privacy.plan import Ceilings, DPPlan
+from privacy.plan import DPPlan
+
+__all__ = [
+    "Decision",
+    "SiteConfig",
+    "Status",
+    "admit",
+    "approve",
+    "approve_pending",
+    "check_roster",
+    "decisions",
+    "dp_plan",
+    "pending",
+    "propose",
+    "reject",
+    "stored_plan",
+]
 
 Status = Literal["approved", "pending", "rejected"]
-Epsilon = Annotated[float, Field(gt=0.0, allow_inf_nan=True)]
-
-SITE_LOG = "site.log.jsonl"
-LEDGER = "ledger.sqlite"
-
-
-class _Frozen(BaseModel):
-    """Frozen, and unknown keys are refused: a typing slip in ``site.toml`` is an error, not a silent default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SiteSection(_Frozen):
-    """``[site]``: who we are and what we offer, typed in by the data manager, never counted.
-
-    Attributes:
-        declared_capacity: patients that the site declares (``N_decl``), a public divisor.
-        declared_held_out: patients that never train and serve as control in the audit.
-    """
-
-    name: Label
-    slots: tuple[Label, ...] = Field(min_length=1)
-    declared_capacity: int = Field(ge=1, le=2**31 - 1)
-    declared_held_out: int = Field(default=0, ge=0, le=2**31 - 1)
-
-
-class CeilingSection(_Frozen):
-    """``[ceiling]``: what the site gives at most. ``inf`` admits studies that promise nothing (*not private*).
-
-    Attributes:
-        plan_epsilon: for one plan, by privacy loss distribution.
-        lifetime_epsilon: for all plans together, by a Rényi filter.
-        delta: largest delta of a plan, and the delta at which the lifetime is counted.
-        uncovered_queries: most queries outside the guarantee for one plan.
-    """
-
-    plan_epsilon: Epsilon
-    lifetime_epsilon: Epsilon
-    delta: float = Field(default=1e-5, gt=0.0, le=1e-5, allow_inf_nan=False)
-    uncovered_queries: int = Field(default=0, ge=0)
-
-
-class PolicySection(_Frozen):
-    """``[policy]``.
-
-    Attributes:
-        min_contributors: fewest sites whose sum this site joins; 1 also admits updates under its local noise alone.
-        deterministic_noise: admits the test switch that makes noise predictable. Never with real patients.
-        bad_record: ``null``: a bad record becomes a null patient and is named on site; ``refuse``: the site sits out.
-        coordinator_key: hex of the coordinator's public key, if it is not in ``keys/coordinator.pub``.
-    """
-
-    min_contributors: int = Field(default=3, ge=1, le=256)
-    deterministic_noise: bool = False
-    bad_record: Literal["null", "refuse"] = "null"
-    coordinator_key: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")] = ""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.min_contributors == 2:
-            raise ValueError("min_contributors: expected 1, or 3 and more; a sum over two sites hides neither")
-        return self
-
-
-class SpeedSection(_Frozen):
-    """``[speed]``: how private steps are computed; it cannot change what is promised.
-
-    Attributes:
-        engine: per-patient gradients by whole-model vectorising, or by a loop (least memory).
-        chunk: patients per physical batch. threads: CPU threads; runs on other backends that set the same number are
-            bit-identical under the test switch.
-    """
-
-    engine: Literal["vmap", "loop"] = "vmap"
-    chunk: int = Field(default=16, ge=1)
-    threads: int = Field(default=1, ge=1)
-
-
-class SiteConfig(_Frozen):
-    """A site folder's ``site.toml``, read here and nowhere else.
-
-    Attributes:
-        folder: the site folder that it was read from; not a key of the file.
-    """
-
-    folder: Path
-    site: SiteSection
-    data: DataConfig = DataConfig()
-    ceiling: CeilingSection
-    policy: PolicySection = PolicySection()
-    speed: SpeedSection = SpeedSection()
-
-    @classmethod
-    def load(cls, site_dir: Path) -> SiteConfig:
-        """Read ``site_dir/site.toml``.
-
-        Raises:
-            ValueError: naming file, key, value and rule of everything that does not fit.
-        """
-        path = site_dir / "site.toml"
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{path}: there is no such file; the hospital guide shows one") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: it is no TOML file: {error}") from error
-        if "folder" in tables:
-            raise ValueError(f"{path}: unknown key 'folder'; remove it")
-        try:
-            return cls.model_validate({**tables, "folder": site_dir})
-        except ValidationError as error:
-            found = error.errors()
-            places = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (got {str(e['input'])[:60]!r})" for e in found]
-            raise ValueError(f"{path}: {len(places)} keys do not fit; correct them:\n" + "\n".join(places)) from error
-
-    @property
-    def ceilings(self) -> Ceilings:
-        """The three numbers that the ledger holds every plan against."""
-        return Ceilings(
-            plan_epsilon=self.ceiling.plan_epsilon,
-            lifetime_epsilon=self.ceiling.lifetime_epsilon,
-            delta=self.ceiling.delta,
-        )
-
-    @property
-    def data_root(self) -> Path:
-        """The data folder; a relative ``[data] root`` is relative to the site folder."""
-        return self.folder / self.data.root
-
-    def coordinator_key(self) -> bytes:
-        """The coordinator's public key as this site pinned it.
-
-        Raises:
-            Refused: ``COORDINATOR_UNKNOWN`` if none is pinned, or file and ``site.toml`` disagree.
-        """
-        path = self.folder / "keys" / "coordinator.pub"
-        filed = path.read_text(encoding="ascii").strip() if path.exists() else ""
-        pinned = {key for key in (self.policy.coordinator_key, filed) if key}
-        if len(pinned) != 1:
-            found = "two different keys are pinned" if pinned else "no key is pinned"
-            raise Refused(
-                "COORDINATOR_UNKNOWN", found, "put one key in [policy] coordinator_key or in keys/coordinator.pub"
-            )
-        key = pinned.pop()
-        if len(key) != 64 or set(key) - set("0123456789abcdef"):
-            raise Refused("COORDINATOR_UNKNOWN", f"{path} holds no key", "expected 64 hexadecimal digits")
-        return bytes.fromhex(key)
-
-    def open_ledger(self) -> Ledger:
-        """This site's spend file, opened for writing; the caller closes it."""
-        return Ledger.open(self.folder / LEDGER, self.site.name)
-
-    def log(self) -> ChainFile:
-        """This site's hash-chained log of proposals, approvals and rejections."""
-        return ChainFile(self.folder / SITE_LOG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,11 +123,22 @@ def approve(site_dir: Path, plan_bytes: bytes, signature: bytes, *, by: str = "o
         return name
     check_roster(config, plan)
     promise = dp_plan(plan)
+    try:
+        promise.cross_check()  # with this site's own libraries: nobody else's word is taken for it
+    except AccountantsDisagree as error:
+        raise Refused("BAD_PLAN", f"dp: {error}") from error
     with config.open_ledger() as ledger:
+        _check_newer_than_losses(ledger, name, plan.created)
         epsilon = ledger.reserve(
-            name, promise, config.ceilings, plan.roster[config.site.name].n_decl, deterministic=plan.deterministic
+            name,
+            promise,
+            config.ceilings,
+            plan.roster[config.site.name].n_decl,
+            deterministic=plan.deterministic,
+            blocks=config.blocks,
+            block_column=config.data.block_column if config.data.blocks else "",
         )
-        head = ledger.head
+        head = Head(*ledger.head)
     _store(site_dir, name, plan_bytes, signature)
     record = {
         "plan_hash": name,
@@ -275,15 +147,16 @@ def approve(site_dir: Path, plan_bytes: bytes, signature: bytes, *, by: str = "o
         "epsilon": "inf" if epsilon == float("inf") else epsilon,
         "delta": promise.delta,
         "uncovered_cap": plan.audit.cap,
-        "ledger": list(head),
+        "blocks": list(config.blocks),
+        "block_column": config.data.block_column if config.data.blocks else "",
+        "ledger": str(head),
         "by": by,
         "at": now_utc(),
     }
     text = canonical(record).encode()
     write_durably(site_dir / "approvals" / f"{name}.json", text)
-    config.log().append(
-        "approved", {"plan_hash": name, "study": plan.study, "by": by, "record": hashlib.sha256(text).hexdigest()}
-    )
+    entry = {"plan_hash": name, "study": plan.study, "by": by, "record": hashlib.sha256(text).hexdigest()}
+    config.log().append("approved", {**entry, "ledger": str(head)})
     return name
 
 
@@ -296,13 +169,19 @@ def approve_pending(site_dir: Path, name: str, *, by: str = "operator") -> str:
 def reject(site_dir: Path, name: str, *, by: str = "operator", reason: str = "") -> None:
     """Reject a plan, or withdraw its approval; no further task of it is answered.
 
-    What it has spent stays spent, and what it reserved stays reserved until its ledger entry is closed. ``reason`` stays
-    on site.
+    What it has begun stays spent. What it had reserved beyond that is given back: its ledger entry is closed, and a plan
+    that is closed is never opened again. ``reason`` stays on site.
+
+    Raises:
+        LedgerError: the rejection stands, but the entry could not be closed; reject again, or close it.
     """
     plan = StudyPlan.from_bytes(stored_plan(site_dir, name)[0])
-    SiteConfig.load(site_dir).log().append(
-        "rejected", {"plan_hash": name, "study": plan.study, "by": by, "reason": reason}
-    )
+    config = SiteConfig.load(site_dir)
+    config.log().append("rejected", {"plan_hash": name, "study": plan.study, "by": by, "reason": reason})
+    if config.ledger_path.exists():
+        with config.open_ledger() as ledger:
+            if ledger.reserved(name):
+                ledger.finish(name)
 
 
 def decisions(site_dir: Path) -> tuple[Decision, ...]:
@@ -375,6 +254,23 @@ def dp_plan(plan: StudyPlan) -> DPPlan:
         return DPPlan.from_dict(plan.dp)
     except (ValueError, TypeError, KeyError) as error:
         raise Refused("BAD_PLAN", f"dp: {error}") from error
+
+
+def _check_newer_than_losses(ledger: Ledger, name: str, created: str) -> None:
+    """Refuse a plan that may have been approved, and run, in rows that were lost since."""
+    losses = [restoration.at for restoration in ledger.restorations() if restoration.gap]
+    if not losses or ledger.reserved(name):
+        return
+    try:
+        newer = datetime.datetime.fromisoformat(created) > datetime.datetime.fromisoformat(max(losses))
+    except (ValueError, TypeError):
+        newer = False
+    if not newer:
+        raise Refused(
+            "NOT_APPROVED",
+            "the plan is older than the loss of ledger rows in which it may have run",
+            "ask the coordinator to plan the study anew",
+        )
 
 
 def _status(site_dir: Path, name: str) -> Status | None:

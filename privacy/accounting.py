@@ -375,20 +375,20 @@ def epsilon_rdp(event: dp_accounting.DpEvent, delta: float, order: float | None 
     if order is not None and order not in curve:
         raise ValueError(f"Expected one of the {len(ORDERS)} orders from {ORDERS[0]} to {ORDERS[-1]}, got {order}")
     chosen = curve if order is None else {order: curve[order]}
-    with _quiet_absl():
+    with quiet_absl():
         return float(compute_epsilon(list(chosen), list(chosen.values()), delta)[0])
 
 
 @functools.lru_cache(maxsize=512)
 def _renyi(segments: tuple[Segment, ...]) -> dict[float, float]:
     """Rényi divergence at every order; infinite where a series does not converge, which only loosens."""
-    with _quiet_absl():
+    with quiet_absl():
         spent = RdpAccountant(orders=list(ORDERS)).compose(to_event(segments)).rdp
     return dict(zip(ORDERS, spent.tolist(), strict=True))
 
 
 @contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
+def quiet_absl() -> Iterator[None]:
     """Keep ``dp_accounting`` from printing that it left an order out: it says so for orders nobody needs."""
     logger = logging.getLogger("absl")
     before = logger.level

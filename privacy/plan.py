@@ -36,6 +36,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import dp_accounting
+import numpy as np
 from pydantic import Field, model_validator
 from scipy.optimize import brentq
 
@@ -54,6 +55,7 @@ __all__ = [
 ]
 
 SIGMA_STEP = 1e-4  # calibrated noise multipliers are rounded up to this
+PROFILE_POINTS = 129  # of the privacy profile behind a trade-off curve; fewer only loosen it
 SLACK = 1e-9  # float rounding allowed when a recomputed epsilon is compared with a target
 
 
@@ -66,6 +68,8 @@ class DPPlan(Frozen):
         target_epsilon: what :meth:`calibrate` aimed at; infinite for a study that is not private.
         unit, relation: what is protected.
         max_visits: visits of one patient that count, public.
+        trials: how often every training stage is run from the start, the best run being kept; ``rounds`` of a training stage
+            are those of all its trials together, so every trial is charged (:func:`privacy.trials.repeated`).
         calibrated: the noise of every stage meets the target; recomputed whenever a plan is made or read.
     """
 
@@ -75,6 +79,7 @@ class DPPlan(Frozen):
     unit: Literal["patient"] = "patient"
     relation: Literal["zero-out"] = "zero-out"
     max_visits: Count = 1
+    trials: Count = 1
     calibrated: bool = False
 
     @model_validator(mode="after")
@@ -82,6 +87,8 @@ class DPPlan(Frozen):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names repeat: {names}; give each stage its own")
+        if odd := [stage.name for stage in self.training_stages if stage.rounds % self.trials]:
+            raise ValueError(f"rounds of {odd} are no multiple of trials={self.trials}; every trial has equally many")
         if any(stage.calibrated != self.calibrated for stage in self.training_stages):
             raise ValueError("training stages and plan disagree on 'calibrated'; use calibrate() to get a new plan")
         if not self.calibrated:
@@ -161,8 +168,27 @@ class DPPlan(Frozen):
 
     @property
     def epsilon_prv(self) -> float:
-        """The same by Opacus's PRV accountant: the cross-check."""
+        """The same by Opacus's PRV accountant; slow for many distinct stages: see :meth:`cross_check`."""
         return accounting.epsilon_prv(self.events(), self.delta)
+
+    def cross_check(self) -> accounting.CrossCheck:
+        """Both accountants on this plan: done when a study is planned, and again before a site approves it.
+
+        Raises:
+            accounting.AccountantsDisagree: by more than 0.02; the plan must not be promised.
+        """
+        return accounting.cross_check(self.events(), self.delta)
+
+    def profile(self) -> tuple[tuple[float, float], ...]:
+        """The promise as a whole: pairs (epsilon, delta), pessimistic, from epsilon 0 to where delta is below 1e-9.
+
+        Each delta is the worse of both directions (adding or removing the patient). The trade-off curve of any attack follows from it (:func:`privacy.audit.tradeoff.tpr_cap_of_profile`); empty for
+        a plan that is not private.
+        """
+        if not self.private:
+            return ()
+        points = np.linspace(0.0, accounting.epsilon(self.events(), accounting.MU_DELTA), PROFILE_POINTS)
+        return tuple(zip(points.tolist(), accounting.profile(self.events(), points.tolist()).tolist(), strict=True))
 
     def rdp(self, delta: float | None = None, order: float | None = None) -> float:
         """The same by Rényi accounting: looser; what lifetime ceilings are compared with is of this kind."""

@@ -107,7 +107,11 @@ def build_plan(
 
 
 def dp_plan(config: StudyConfig, schema: Schema, facts: PublicFacts) -> DPPlan:
-    """The promise: every private stage of the study in one joint calibration."""
+    """The promise: every private stage of the study in one joint calibration, on which two accountants agree.
+
+    Raises:
+        ValueError: as in :func:`build_plan`, or the accountants differ by more than 0.02.
+    """
     stages: list[TrainingStage | QueryStage] = []
     if config.codec.slots:
         unknown = set(config.codec.slots) - {slot.name for slot in schema.slots if slot.codec == "vae"}
@@ -135,7 +139,9 @@ def dp_plan(config: StudyConfig, schema: Schema, facts: PublicFacts) -> DPPlan:
         )
     stages.append(_training(CORE, config.core, facts.core_clip))
     plan = DPPlan(stages=tuple(stages), delta=config.privacy.delta, max_visits=schema.max_visits)
-    return plan.calibrate(config.privacy.epsilon)
+    ready = plan.calibrate(config.privacy.epsilon)
+    ready.cross_check()
+    return ready
 
 
 def _training(name: str, config: TrainingConfig, public_norm: float) -> TrainingStage:

@@ -160,9 +160,9 @@ def _bundle(session: Session, model: StudyModel, verdict: Literal["RELEASE", "HO
             shutil.copyfile(path, partial / "figures" / path.name)
     from medgen_models.export import save_release_model
 
-    save_release_model(model, partial / "model", session.plan.hash, private)
-    plan = session.plan
-    bundle.build(partial, plan.study, plan.created, verdict, private, plan.hash, POLICY.required_signatures)
+    plan, heads = session.plan, {site: str(head) for site, head in session.checkpoints.heads().items()}
+    save_release_model(model, partial / "model", plan.hash, private, heads)
+    bundle.build(partial, plan.study, plan.created, verdict, private, plan.hash, POLICY.required_signatures, heads)
     bundle.sign(partial, session.key)
     partial.rename(folder.bundle)
 
@@ -182,10 +182,14 @@ def _cohort(session: Session, patients: int) -> Cohort:
 
 
 def _spend(session: Session) -> tuple[SiteSpend, ...]:
-    """Per site: rounds answered and spares that the coordinator saw used; the site's own ledger is the authority."""
+    """Per site: rounds answered and spares that the coordinator saw used; the site's own ledger is the authority.
+
+    A site that could not be reached may have charged the attempt before the link broke: ``epsilon_at_most`` counts it.
+    """
     traffic: dict[str, Counter[str]] = {site: Counter() for site in session.plan.roster}
     refusals: dict[str, list[str]] = {site: [] for site in session.plan.roster}
     begun: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)  # (site, stage) -> (round, attempt) answered
+    lost: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)  # the same, without an answer that arrived
     for event in session.events.read():
         if event["kind"] == "crossed" and event["site"] in traffic:
             traffic[event["site"]].update({"in": event["bytes_in"], "out": event["bytes_out"]})
@@ -194,12 +198,14 @@ def _spend(session: Session) -> tuple[SiteSpend, ...]:
         if event["kind"] in ("answers", "discarded"):
             for site, code in event["refused"].items():
                 refusals[site].append(code)
+                if code in ("SITE_UNAVAILABLE", "LEDGER_UNUSABLE"):  # it may have charged what was not believed
+                    lost[site, event["stage"]].add((event["round"], event["attempt"]))
         if event["kind"] == "answers":
             for site in event["sites"]:
                 begun[site, event["stage"]].add((event["round"], event["attempt"]))
     spend = []
     for site, entry in session.plan.roster.items():
-        stages, rounds, head = [], {}, (None, None)
+        stages, rounds, at_most, head = [], {}, {}, (None, None)
         for stage in session.dp.stages:
             done = [session.checkpoints.load(stage.name, n) for n in session.checkpoints.rounds(stage.name)]
             mine = [c for c in done if any(site in members for members in c.facts["groups"].values())]
@@ -215,6 +221,7 @@ def _spend(session: Session) -> tuple[SiteSpend, ...]:
                 )
             )
             rounds[stage.name] = len(answered)
+            at_most[stage.name] = min(len(answered | lost[site, stage.name]), stage.charged_rounds)
             head = tuple(mine[-1].facts["heads"].get(site, head)) if mine else head
         epsilon = session.dp.epsilon_after(rounds)
         spend.append(
@@ -226,6 +233,7 @@ def _spend(session: Session) -> tuple[SiteSpend, ...]:
                     "declared_held_out": entry.held_out_decl,
                     "stages": tuple(stages),
                     "epsilon_spent": epsilon,
+                    "epsilon_at_most": session.dp.epsilon_after(at_most),
                     "ledger_seq": head[0],
                     "ledger_head": head[1],
                     "bytes_in": traffic[site]["in"],

@@ -1,8 +1,9 @@
-"""What a promise allows: the trade-off curves of (epsilon, delta)-DP and of mu-GDP.
+"""What a promise allows: the trade-off curves of (epsilon, delta)-DP, of mu-GDP, and of a whole privacy profile.
 
 Covered
     - The largest true-positive rate and AUC that any attack whatever can reach under a promise that holds.
     - Exact conversion between mu and (epsilon, delta).
+    - The trade-off curve of a whole privacy profile, which no single (epsilon, delta) and no mu can give.
 
 Not covered
     - Whether the promise holds: that is the accountant's and the ledger's business; attacks can only refute it.
@@ -76,3 +77,37 @@ def tpr_cap_gdp(fpr: npt.ArrayLike, mu: float) -> Floats:
 def auc_cap_gdp(mu: float) -> float:
     """The largest AUC that mu-GDP allows: Phi(mu / sqrt 2), the area under :func:`tpr_cap_gdp`."""
     return float(stats.norm.cdf(mu / math.sqrt(2)))
+
+
+def tpr_cap_of_profile(fpr: npt.ArrayLike, epsilons: npt.ArrayLike, deltas: npt.ArrayLike) -> Floats:
+    """The largest true-positive rate at each false-positive rate that a whole privacy profile allows.
+
+    Every (epsilon, delta) of the profile bounds it as in :func:`tpr_cap`; the smallest bound holds. With every epsilon
+    this is the trade-off curve itself (Dong, Roth & Su (2022), prop. 2.12: profile and curve are dual, and none is lost); with
+    some of them it lies above, on the safe side.
+
+    Args:
+        fpr: in [0, 1].
+        epsilons: points >= 0, shape (N,). deltas: of the promise at each, pessimistic, shape (N,).
+
+    >>> tpr_cap_of_profile([0.01, 0.1], [0.0, 1.0], [0.1, 1e-5]).round(4)
+    array([0.0272, 0.2   ])
+    """
+    rate = np.asarray(fpr, np.float64)
+    points, failures = np.asarray(epsilons, np.float64), np.asarray(deltas, np.float64)
+    if points.shape != failures.shape or points.ndim != 1 or not points.size:
+        raise ValueError(f"expected epsilons and deltas of one length >= 1, got {points.shape} and {failures.shape}")
+    cap = np.ones_like(rate)
+    for epsilon, delta in zip(points.tolist(), failures.tolist(), strict=True):
+        cap = np.minimum(cap, tpr_cap(rate, epsilon, delta))
+    return cap
+
+
+def auc_cap_of_profile(epsilons: npt.ArrayLike, deltas: npt.ArrayLike, cells: int = 2000) -> float:
+    """The largest AUC that a whole privacy profile allows, rounded up: the curve rises, so its right ends are summed.
+
+    >>> round(auc_cap_of_profile([0.0], [0.0]), 3)
+    0.5
+    """
+    edges = np.linspace(0.0, 1.0, cells + 1) ** 3  # fine where the curve is steep
+    return min(1.0, float(np.diff(edges) @ tpr_cap_of_profile(edges[1:], epsilons, deltas)))

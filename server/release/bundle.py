@@ -15,7 +15,7 @@ import base64
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +41,7 @@ class BundleManifest(BaseModel):
         verdict: RELEASE or HOLD; a blocked cohort has no bundle.
         private: whether a finite epsilon stands behind the cohort.
         required_signatures: how many signatures the policy asks for.
+        ledger_heads: site -> ``SEQ:HASH``, the head of its ledger in the last answer that went into the release.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +53,9 @@ class BundleManifest(BaseModel):
     verdict: Literal["RELEASE", "HOLD"]
     private: bool
     required_signatures: int = Field(default=2, ge=1)
+    ledger_heads: dict[Name, Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,9}:[0-9a-f]{64}$")]] = Field(
+        default_factory=dict
+    )
     files: tuple[FileEntry, ...]
 
     @field_validator("files")
@@ -74,6 +78,7 @@ def build(
     private: bool,
     plan_sha256: str | None = None,
     required_signatures: int = 2,
+    ledger_heads: Mapping[str, str] | None = None,
 ) -> BundleManifest:
     """Write the manifest over every file in ``folder``; the last step before signing.
 
@@ -93,6 +98,7 @@ def build(
         verdict=verdict,
         private=private,
         required_signatures=required_signatures,
+        ledger_heads=dict(ledger_heads or {}),
         files=tuple(entry_of(path, folder) for path in walk(folder)),
     )
     _write(folder / MANIFEST, manifest.to_bytes())

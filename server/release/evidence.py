@@ -16,6 +16,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from privacy.audit.bounds import ThresholdCounts
 from privacy.boundary.refusals import RefusalCode
+from privacy.statement import DIVISOR
 from server.release.measures import (
     Correlation,
     Count,
@@ -26,6 +27,7 @@ from server.release.measures import (
     Marginal,
     Name,
     Sentence,
+    Share,
     Sheet,
     Trace,
     Utility,
@@ -75,11 +77,14 @@ class Promise(Frozen):
         mu: smallest Gaussian that dominates the privacy profile.
         epsilon_replace_one: the same events under the replace-one relation.
         epsilon_two_sites: for a patient whose records lie at two sites.
-        epsilon_check: the same events by a second accountant.
+        epsilon_rdp: the same events by Rényi accounting, the kind that a site's lifetime ceiling is of.
+        epsilon_check: the same events by a second accountant; None where it was not asked, as ``check_text`` says.
+        profile: pairs (epsilon, delta), pessimistic: the promise as a whole, from which what attacks may reach follows.
         sampling_text: the sampler that really ran.
         divisor_text: what sums are divided by.
         accountant: which accountant gave ``epsilon``, and which checked it.
         max_visits: visits per patient that can enter at most.
+        trials: how often every training stage was run, all charged, the best run being kept.
         deterministic: noise came from the test switch: not private.
         stages: each step with its own cost.
         not_covered: what the promise does not say.
@@ -94,11 +99,15 @@ class Promise(Frozen):
     mu: float | None = Field(default=None, ge=0)
     epsilon_replace_one: float | None = Field(default=None, ge=0)
     epsilon_two_sites: float | None = Field(default=None, ge=0)
+    epsilon_rdp: float | None = Field(default=None, ge=0)
     epsilon_check: float | None = Field(default=None, ge=0)
+    check_text: Sentence = "not asked"
+    profile: tuple[tuple[Annotated[float, Field(ge=0)], Share], ...] = ()
     sampling_text: Sentence
-    divisor_text: Sentence = "Sums are divided by sampling rate times declared capacity: public constants."
+    divisor_text: Sentence = DIVISOR
     accountant: Sentence
     max_visits: int = Field(default=1, ge=1)
+    trials: int = Field(default=1, ge=1)
     deterministic: bool = False
     stages: tuple[StagePromise, ...] = Field(min_length=1)
     not_covered: tuple[Sentence, ...] = ()
@@ -121,10 +130,15 @@ class Promise(Frozen):
             mu=_finite_or_infinite(statement["mu"]),
             epsilon_replace_one=_finite_or_infinite(statement["replace_one_epsilon"]),
             epsilon_two_sites=_finite_or_infinite(statement["two_site_epsilon"]),
-            epsilon_check=_finite_or_infinite(statement["epsilon_prv"]),
+            epsilon_rdp=_finite_or_infinite(statement["epsilon_rdp"]),
+            epsilon_check=statement["epsilon_prv"],
+            check_text=statement["cross_check"],
+            profile=tuple((epsilon, delta) for epsilon, delta in statement["profile"]),
             sampling_text=statement["sampling_text"],
+            divisor_text=statement["divisor_text"],
             accountant=statement["accountant"],
             max_visits=statement["max_visits"],
+            trials=statement["trials"],
             deterministic=deterministic,
             stages=tuple(_stage(row) for row in statement["stages"]),
             not_covered=tuple(statement["not_covered"]),
@@ -175,6 +189,7 @@ class SiteSpend(Frozen):
     Attributes:
         declared_capacity: the public divisor N_decl, typed in at the site and never counted.
         epsilon_spent: cost of the rounds answered and the spares used; None if it could not be told.
+        epsilon_at_most: the same with every attempt whose answer was lost counted as charged; None if it could not be told.
         ledger_seq: number of ledger entries at the site's last answer.
         ledger_head: hash of the last of them.
         bytes_in: bytes that the site received.
@@ -188,6 +203,7 @@ class SiteSpend(Frozen):
     declared_held_out: Count = 0
     stages: tuple[StageSpend, ...] = ()
     epsilon_spent: float | None = Field(default=None, ge=0)
+    epsilon_at_most: float | None = Field(default=None, ge=0)
     ledger_seq: Count | None = None
     ledger_head: Digest | None = None
     bytes_in: Count = 0

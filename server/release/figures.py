@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from PIL import Image, PngImagePlugin
 
-from privacy.audit.tradeoff import tpr_cap, tpr_cap_gdp
 from server.release import marks
 from server.release.measures import Correlation, Marginal, Trace
 
@@ -109,9 +108,7 @@ def roc(
     tpr: Sequence[float],
     low: Sequence[float],
     high: Sequence[float],
-    epsilon: float,
-    delta: float,
-    mu: float | None,
+    cap: Sequence[tuple[float, float]],
     floor: float,
 ) -> bytes:
     """ROC on log axes with its 95 % band, chance, and the most that the promise allows.
@@ -121,20 +118,18 @@ def roc(
         tpr: true-positive rates there.
         low: lower end of the band.
         high: upper end of the band.
-        epsilon: promised epsilon; infinite draws no cap.
-        delta: promised delta.
-        mu: the promise as a Gaussian, if known.
+        cap: points (FPR, TPR) of the most that the promise allows, rising; none draws no cap.
         floor: smallest rate shown; below one trial nothing can be seen.
     """
     grid = np.geomspace(floor, 1.0, 200)
     with _drawing(4.6, 4.1) as figure:
         axes = figure.add_subplot()
         axes.plot(grid, grid, color=LINE, linewidth=1.0, linestyle=(0, (1, 2)), label="chance")
-        if math.isfinite(epsilon):
-            cap = tpr_cap(grid, epsilon, delta)
-            if mu is not None and math.isfinite(mu):
-                cap = np.minimum(cap, tpr_cap_gdp(grid, mu))
-            axes.plot(grid, np.maximum(cap, floor), color=WARN, linewidth=1.4, linestyle="--", label="promise allows")
+        if cap:
+            allowed = np.interp(grid, *np.array(cap).T)
+            axes.plot(
+                grid, np.maximum(allowed, floor), color=WARN, linewidth=1.4, linestyle="--", label="promise allows"
+            )
         x = np.maximum(np.asarray(fpr, float), floor)
         y = np.maximum(np.asarray(tpr, float), floor)
         band_low, band_high = (np.maximum(np.asarray(edge, float), floor) for edge in (low, high))

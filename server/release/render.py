@@ -53,7 +53,7 @@ def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         open_findings=[f for f in report["verdict"]["findings"] if f["status"] in ("HOLD", "BLOCK")],
         attacks=[(attack, attacks[attack.name]) for attack in evidence.attacks if attack.kind != "copies"],
         copies=[attack for attack in evidence.attacks if attack.kind == "copies"],
-        figures=_figures(evidence, attacks),
+        figures=_figures(evidence, attacks, report["derived"]["caps"]),
         pictures={name: _uri(body, "image/png") for name, body in images.items()},
         tally={
             status: sum(f["status"] == status for f in report["verdict"]["findings"])
@@ -69,8 +69,11 @@ def strongest(attacks: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | N
     return max(valid, key=lambda attack: float(attack["auc"]["estimate"]), default=None)
 
 
-def _figures(evidence: Evidence, attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _figures(
+    evidence: Evidence, attacks: Mapping[str, Mapping[str, Any]], caps: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """All vector figures as data addresses."""
+    cap = [(point["fpr"], point["tpr"]) for point in caps["curve"]] if caps else []
     promise = evidence.promise
     drawn: dict[str, Any] = {"roc": {}}
     for attack in evidence.attacks:
@@ -80,9 +83,7 @@ def _figures(evidence: Evidence, attacks: Mapping[str, Mapping[str, Any]]) -> di
         drawn["roc"][attack.name] = _svg(
             figures.roc(
                 **row["roc"],
-                epsilon=promise.epsilon if promise and promise.private else math.inf,
-                delta=promise.delta if promise else 0.0,
-                mu=promise.mu if promise else None,
+                cap=cap,
                 floor=_floor(attack),
             )
         )

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from privacy.audit.bounds import (
     wilson,
 )
 from privacy.audit.gates import GatePolicy, joint_confidence
-from privacy.audit.tradeoff import auc_cap_gdp, tpr_cap, tpr_cap_gdp
+from privacy.audit.tradeoff import auc_cap_of_profile, tpr_cap_of_profile
 from privacy.audit.validity import blind_auc
 from server.release.evidence import SCHEMA_VERSION, AttackCounts, Evidence, Promise
 from server.release.gate import Verdict, decide
 from server.release.render import render_html
 
 FPR_POINTS = (0.01, 0.05, 0.10)
+CURVE_POINTS = (0.0, *(round(10 ** (power / 12), 9) for power in range(-48, 1)))
 AUDIT_DELTA = 1e-5  # at which bounds are stated where nothing was promised
 
 
@@ -137,16 +138,23 @@ def _roc(counts: ThresholdCounts, policy: GatePolicy) -> dict[str, list[float]]:
 
 
 def _caps(promise: Promise | None) -> dict[str, Any] | None:
-    """The most that any attack can reach if the promise holds; None where nothing is promised."""
+    """The most that any attack can reach if the promise holds: from the whole profile, else from one (epsilon, delta).
+
+    None where nothing is promised. ``curve`` are the points of the plotted trade-off curve.
+    """
     if promise is None or not promise.private:
         return None
-    points = []
-    for fpr in FPR_POINTS:
-        cap = float(tpr_cap([fpr], promise.epsilon, promise.delta)[0])
-        if promise.mu is not None:
-            cap = min(cap, float(tpr_cap_gdp([fpr], promise.mu)[0]))
-        points.append({"fpr": fpr, "tpr": cap})
-    return {"tpr": points, "auc": None if promise.mu is None else auc_cap_gdp(promise.mu)}
+    epsilons, deltas = zip(*(promise.profile or ((promise.epsilon, promise.delta),)), strict=True)
+
+    def points(rates: Sequence[float]) -> list[dict[str, float]]:
+        caps = tpr_cap_of_profile(rates, epsilons, deltas).tolist()
+        return [{"fpr": rate, "tpr": cap} for rate, cap in zip(rates, caps, strict=True)]
+
+    return {
+        "tpr": points(FPR_POINTS),
+        "curve": points(CURVE_POINTS),
+        "auc": auc_cap_of_profile(epsilons, deltas) if promise.profile else None,
+    }
 
 
 def _blind(evidence: Evidence) -> Interval | None:

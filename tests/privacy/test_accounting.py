@@ -61,6 +61,42 @@ def test_two_stages_compose_jointly() -> None:
     assert abs(accounting.epsilon_prv(both, 1e-5) - found) <= 0.02
 
 
+def test_the_cross_check_agrees_and_says_where_it_did_not_look() -> None:
+    agreed = accounting.cross_check(gaussian_event(2.0, 0.1, 60), 1e-5)
+    assert agreed.epsilon_prv is not None
+    assert abs(agreed.epsilon_prv - agreed.epsilon) <= accounting.AGREEMENT
+    assert agreed.note == "agrees within 0.02"
+    many = dp_accounting.ComposedDpEvent([gaussian_event(30.0 + n) for n in range(accounting.CHECKED_SEGMENTS + 1)])
+    large = gaussian_event(0.5, 0.5, 100)
+    for event, reason in ((many, "distinct stages"), (large, "epsilon above")):
+        found = accounting.cross_check(event, 1e-5)
+        assert found.epsilon_prv is None
+        assert reason in found.note
+    assert accounting.cross_check(gaussian_event(0.0), 1e-5)[:2] == (math.inf, math.inf)
+    assert accounting.cross_check(dp_accounting.NoOpDpEvent(), 1e-5)[:2] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("error", [-0.03, 0.03, math.nan])
+def test_accountants_that_disagree_are_an_error(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    event = gaussian_event(2.0, 0.1, 61)
+    monkeypatch.setattr(accounting, "_prv", lambda segments, delta: accounting.epsilon(event, delta) + error)
+    with pytest.raises(accounting.AccountantsDisagree, match="pinned versions"):
+        accounting.cross_check(event, 1e-5)
+
+
+def test_two_tails_of_a_composition_stay_pessimistic_down_to_a_billionth() -> None:
+    """mu rests on deltas of 1e-9, where FFTs are nearest to their rounding: unsampled releases have a closed form there."""
+    sampled_like = dp_accounting.ComposedDpEvent(
+        [gaussian_event(3.0, 1.0, 4), gaussian_event(5.0, 1.0, 9), gaussian_event(2.5)]
+    )
+    mu = math.sqrt(4 / 9 + 9 / 25 + 1 / 6.25)
+    points = np.linspace(0.0, exact_gaussian_epsilon(mu, 1e-9), 40)
+    exact = accounting.gaussian_delta(points, np.full_like(points, mu))
+    found = accounting.profile(sampled_like, points.tolist())
+    assert (found >= exact * (1 - 1e-6)).all()
+    assert (found <= exact * 1.05).all()
+
+
 def test_never_the_central_limit_value() -> None:
     # Bu et al. (2020): mu = q sqrt(T (exp(1/sigma^2) - 1)); here it claims 4.70 where the truth is 6.22
     sigma, q, steps = 0.6, 0.005, 3000

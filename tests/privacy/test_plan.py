@@ -13,6 +13,7 @@ from dp_accounting.pld import PLDAccountant
 from pydantic import ValidationError
 
 from privacy import accounting
+from privacy.audit.tradeoff import auc_cap_gdp, tpr_cap, tpr_cap_gdp
 from privacy.plan import CeilingExceeded, Ceilings, DPPlan, QueryStage, TrainingStage, largest_delta
 
 
@@ -69,6 +70,34 @@ def test_epsilon_is_that_of_dp_accounting_on_the_same_events(ready: DPPlan) -> N
     for query in ready.query_stages:
         accountant.compose(dp_accounting.GaussianDpEvent(query.sigma), 2)
     assert ready.epsilon == pytest.approx(accountant.get_epsilon(1e-5), abs=2e-3)
+
+
+def test_every_kind_of_stage_is_one_calibration() -> None:
+    """Codec, core, marginals, statistics of three sorts, and a noised gate query that is asked at every attempt."""
+    plan = study(
+        stages=(
+            QueryStage(name="marginals", sigma=12.0, sensitivity=math.sqrt(34)),
+            QueryStage(name="quantiles", sigma=25.0, sensitivity=math.sqrt(6), rounds=6),
+            training(name="codec.mri", rounds=3, sigma=1.5),
+            QueryStage(name="recentre", sigma=5.0, sensitivity=9.0),
+            QueryStage(name="latent-scale", sigma=15.0, sensitivity=2.0),
+            QueryStage(name="prototypes", sigma=8.0, sensitivity=1.0),
+            training(),
+            QueryStage(name="gate", sigma=10.0, sensitivity=math.sqrt(8), rounds=3, spare_rounds=0),
+        )
+    )
+    ready = plan.calibrate(8.0)
+    assert 7.99 <= ready.epsilon <= 8.0
+    assert ready.cross_check().note == "agrees within 0.02"
+    assert [ready.query(stage.name).sigma for stage in plan.query_stages] == [s.sigma for s in plan.query_stages]
+    counts = {(sigma, rate): count for sigma, rate, count in accounting.segments_of(ready.events())}
+    assert counts[10.0, 1.0] == 3
+    assert counts[25.0, 1.0] == 6 + 1
+    costs = {cost.name: cost for cost in ready.stage_costs()}
+    assert sum(cost.alone for cost in costs.values()) > 1.5 * ready.epsilon
+    assert 0 < costs["gate"].saved_without < costs["gate"].alone
+    without = study(stages=tuple(stage for stage in plan.stages if stage.name != "gate")).calibrate(8.0)
+    assert without.training("core").sigma < ready.training("core").sigma
 
 
 def test_the_cross_check_agrees(ready: DPPlan) -> None:
@@ -160,6 +189,30 @@ def test_statement_is_complete_and_json_ready(ready: DPPlan) -> None:
     assert words["stages"][0]["noise_std"] == 80.0
     with pytest.raises(ValueError, match="not calibrated"):
         study().statement()
+
+
+def test_the_statement_holds_the_cross_check_and_what_attacks_can_reach(ready: DPPlan) -> None:
+    words = ready.statement()
+    assert words["cross_check"] == "agrees within 0.02"
+    assert abs(words["epsilon_prv"] - words["epsilon"]) <= 0.02
+    epsilons, deltas = zip(*words["profile"], strict=True)
+    assert deltas[-1] <= 1e-9 * 1.001
+    assert list(deltas) == sorted(deltas, reverse=True)
+    assert deltas == pytest.approx(accounting.profile(ready.events(), epsilons).tolist())
+    for point in words["trade_off"]["points"]:
+        gaussian = float(tpr_cap_gdp([point["fpr"]], ready.mu)[0])
+        assert (
+            point["fpr"] < point["tpr"] <= gaussian * 1.01
+        )  # the exact curve lies below the Gaussian that dominates it
+        assert point["tpr"] <= float(tpr_cap([point["fpr"]], ready.epsilon, ready.delta)[0])
+    assert 0.5 < words["trade_off"]["auc"] <= auc_cap_gdp(ready.mu)
+    assert study().calibrate(math.inf).statement()["trade_off"] is None
+
+
+def test_a_plan_on_which_the_accountants_disagree_is_not_stated(ready: DPPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "_prv", lambda segments, delta: 5.0)
+    with pytest.raises(accounting.AccountantsDisagree, match=r"5\.0000 by PRV"):
+        ready.statement()
 
 
 def test_json_is_canonical_and_round_trips(ready: DPPlan) -> None:

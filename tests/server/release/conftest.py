@@ -14,6 +14,7 @@ from scipy.stats import norm
 
 from medgen_models.schema import Column, Factor, Instance, PatientBatch, Schema, Slot
 from privacy.audit.attacks import counts_at
+from privacy.audit.tradeoff import delta_of_mu
 from privacy.audit.validity import BLIND_THRESHOLDS
 from server.release.cohort_files import synthetic_ids
 from server.release.evidence import (
@@ -220,7 +221,10 @@ def make_promise(epsilon: float = 7.98) -> Promise:
         mu=1.67 if finite else math.inf,
         epsilon_replace_one=14.2 if finite else math.inf,
         epsilon_two_sites=12.4 if finite else math.inf,
-        epsilon_check=7.99 if finite else math.inf,
+        epsilon_rdp=8.7 if finite else math.inf,
+        epsilon_check=7.99 if finite else None,
+        check_text="agrees within 0.02" if finite else "nothing to compare: without noise",
+        profile=tuple((e, delta_of_mu(e, 1.67)) for e in np.linspace(0, 12, 61).tolist()) if finite else (),
         sampling_text="Poisson: at every step each patient of the site is drawn independently at the stated rate, with "
         "secret fresh coins; empty draws add noise and are charged. No amplification is claimed.",
         accountant="privacy loss distributions (dp_accounting, pessimistic, both directions); cross-check PRV (Opacus)",
