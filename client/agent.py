@@ -20,6 +20,7 @@ from client import enrolment, policy
 from client.outbox import Outbox
 from client.parts import PartStore
 from client.policy import SiteConfig
+from privacy.book import Head
 from privacy.boundary.messages import (
     REQUESTS,
     Approval,
@@ -40,9 +41,9 @@ from privacy.boundary.messages import (
     to_bytes,
 )
 from privacy.boundary.plan import StudyPlan, plan_hash
-from privacy.boundary.refusals import Refused
+from privacy.boundary.refusals import LedgerError, Refused
 from privacy.boundary.signing import verify_task, verify_unmask
-from privacy.chain import now_utc
+from privacy.chain import GENESIS, now_utc
 from privacy.identity import MaskingKey
 from privacy.ledger import DpToken, Ledger
 from privacy.masking import Cohort, Party, mask, quantise, unmask_seeds
@@ -83,7 +84,8 @@ class SiteAgent:
                 status = policy.propose(self._folder, plan, signature)
                 if status == "rejected":
                     raise Refused("PLAN_REJECTED")
-                return Approval(plan_hash(plan), status)
+                head = self._ledger_head()
+                return Approval(plan_hash(plan), status, head.seq, head.hash)
             case RoundTask():
                 return self._round(request)
             case UnmaskRequest():
@@ -97,6 +99,13 @@ class SiteAgent:
         if config.site.name not in task.invited:
             raise Refused("NOT_INVITED")
         with config.open_ledger() as ledger:
+            remembered = task.heads.get(config.site.name)
+            if remembered is not None and not ledger.holds(Head.parse(remembered)):
+                raise LedgerError(
+                    "rolled back",
+                    f"the coordinator remembers the head {remembered}, this ledger does not",
+                    "run `medgen site ledger restore` with that head",
+                )
             outbox = Outbox(self._folder)
             outbox.begin(task, digest)
             if (stored := outbox.get(digest)) is not None:
@@ -120,7 +129,7 @@ class SiteAgent:
             step = 1.0
         else:
             if config.policy.bad_record == "refuse":  # before anything is charged
-                rounds.read_records(config, plan, None, ledger.local("records checked before a round"))
+                rounds.read_records(config, plan, None, ledger.local("records checked before a round", task.plan_hash))
             token = ledger.intend(task.plan_hash, task.stage, task.round, digest)
             values, step = rounds.compute(config, plan, task, token)
         party = self._party(plan, config)
@@ -157,6 +166,14 @@ class SiteAgent:
         opened = UnmaskAnswer(answer.task_digest, reveal.sealed, reveal.agreement)
         outbox.record("unmask", to_bytes(opened), about=request.task_digest)
         return opened
+
+    def _ledger_head(self) -> Head:
+        """Head of the site's ledger; 0 and zeros before there is one."""
+        config = SiteConfig.load(self._folder)
+        if not config.ledger_path.exists():
+            return Head(0, GENESIS)
+        with Ledger.open(config.ledger_path, config.site.name, writable=False) as ledger:
+            return Head(*ledger.head)
 
     def _party(self, plan: StudyPlan, config: SiteConfig) -> Party:
         key = MaskingKey.load(self._folder / "keys" / "masking.key")

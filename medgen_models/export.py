@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ class ReleasedModel:
     facts: dict[str, Any]
 
 
-def save_release_model(model: StudyModel, folder: Path, plan_hash: str, private: bool) -> None:
+def save_release_model(
+    model: StudyModel, folder: Path, plan_hash: str, private: bool, ledger_heads: Mapping[str, str] | None = None
+) -> None:
     """Write the model of a finished study; deterministic in its arguments and the installed versions.
 
     Args:
@@ -55,6 +58,7 @@ def save_release_model(model: StudyModel, folder: Path, plan_hash: str, private:
         folder: created where missing.
         plan_hash: of the plan under which it was trained; the plan states epsilon and delta.
         private: whether the plan makes a promise at all.
+        ledger_heads: site -> head of its ledger in the last answer that is in the weights.
     """
     core = merge_lora(model.core) if model.core.config.lora_rank else model.core
     tensors = {f"core/{name}": value.detach().contiguous() for name, value in core.named_parameters()}
@@ -63,6 +67,7 @@ def save_release_model(model: StudyModel, folder: Path, plan_hash: str, private:
         "format": 1,
         "plan_hash": plan_hash,
         "private": private,
+        "ledger_heads": dict(ledger_heads or {}),
         "weights_sha256": hashlib.sha256(body).hexdigest(),
         "schema": model.schema.model_dump(mode="json"),
         "core": dataclasses.asdict(core.config),

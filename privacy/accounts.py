@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from privacy import accounting
 from privacy.plan import DPPlan
 from privacy.tokens import EVERYONE
 
-_BLOCK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
+_MOST_LETTERS = 64  # of a block's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +213,8 @@ def reservation(
             without the column that tells them apart.
     """
     names = sorted(blocks)
-    if not names or len(set(names)) != len(names) or not all(_BLOCK.fullmatch(name) for name in names):
-        raise ValueError(f"blocks: expected different names of 1 to 64 letters, digits and _ . + -, got {names!r}")
+    if not names or len(set(names)) != len(names) or not all(_is_block(name) for name in names):
+        raise ValueError(f"blocks: expected different names of 1 to {_MOST_LETTERS} printable letters, got {names!r}")
     if EVERYONE in names and len(names) > 1:
         raise ValueError(f"blocks: {EVERYONE!r} already holds the patients of {names}; name it alone, or the others")
     if (EVERYONE in names) == bool(block_column):
@@ -239,6 +238,10 @@ def reservation(
             for stage in plan.stages
         },
     }
+
+
+def _is_block(name: object) -> bool:
+    return isinstance(name, str) and 0 < len(name) <= _MOST_LETTERS and name.isprintable() and name.strip() == name
 
 
 def epsilons(event: dp_accounting.DpEvent, delta: float) -> Epsilons:

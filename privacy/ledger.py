@@ -111,12 +111,21 @@ class Ledger:
         newest = self._file.verify()
         return newest.seq, newest.hash
 
-    def holds(self, seq: int, digest: str) -> bool:
-        """Whether this ledger continues a history whose head was ``(seq, digest)``, as somebody else remembers it.
+    def holds(self, head: Head) -> bool:
+        """Whether this ledger continues a history that had this head, as somebody else remembers it.
 
         True if that row is here, or if it was lost in a damaged file and a restoration counts it as spent.
         """
-        return self._book.holds(self._file.links, Head(seq, digest))
+        return self._book.holds(self._file.links, head)
+
+    def reserved(self, plan_hash: str) -> bool:
+        """Whether the plan was ever reserved here, closed or not."""
+        return plan_hash in self._book.accounts
+
+    @property
+    def block_column(self) -> str:
+        """The column by which this ledger's named blocks are told apart; empty while there are none."""
+        return next((account.block_column for account in self._book.accounts.values() if account.block_column), "")
 
     def reserve(
         self,

@@ -16,15 +16,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy.book import Head
 from privacy.boundary.messages import Arrays, MaskedAnswer, Refusal, Reply, RoundTask, UnmaskAnswer, UnmaskRequest
 from privacy.boundary.plan import StudyPlan
 from privacy.boundary.refusals import Refused
 from privacy.boundary.signing import sign_task, sign_unmask
 from privacy.identity import IdentityKey
 from privacy.masking import Cohort, Reveal, aggregate, open_reveals
-from server.checkpoints import write_atomically
+from server.checkpoints import Checkpoints, write_atomically
 from server.events import EventLog
 from server.exchange import Exchange
+from server.heads import KnownHeads
 from server.runfolder import RunFolder
 
 Vector = NDArray[np.float64]
@@ -82,7 +84,11 @@ class Ask:
 
 
 class Aggregator:
-    """Runs masked rounds of one approved plan over one exchange."""
+    """Runs masked rounds of one approved plan over one exchange.
+
+    Attributes:
+        known_heads: what is known of the sites' ledgers.
+    """
 
     def __init__(
         self, plan: StudyPlan, key: IdentityKey, exchange: Exchange, folder: RunFolder, events: EventLog
@@ -92,6 +98,8 @@ class Aggregator:
         self._exchange = exchange
         self._folder = folder
         self._events = events
+        self._checkpoints = Checkpoints(folder.checkpoints)
+        self.known_heads = KnownHeads(folder.heads, self._checkpoints)
 
     def run(self, ask: Ask, sites: Sequence[str]) -> RoundSums:
         """Ask ``sites`` for one round and add what they send.
@@ -103,13 +111,17 @@ class Aggregator:
         owners = {site for name in groups for site in self._plan.owners(name)}
         everyone = tuple(sorted(owners & set(sites)))
         attempt, invited = self._begin(ask, everyone)
+        first, heads = attempt, self._checkpoints.heads()
         last = attempt + ask.max_attempts  # of this run of the coordinator; over all runs the ledgers are the limit
         refused: dict[str, str] = {}
         while attempt < last and invited:
+            told = {site: str(heads[site]) for site in invited if site in heads}
             task = sign_task(
-                RoundTask(self._plan.hash, ask.stage, ask.round, attempt, invited, ask.parts, ask.arrays), self._key
+                RoundTask(self._plan.hash, ask.stage, ask.round, attempt, invited, ask.parts, ask.arrays, told),
+                self._key,
             )
             answers, codes = self._collect(task, groups)
+            codes |= self._disbelieved(answers, heads, replay=attempt == first)
             refused |= codes
             self._events.write(
                 "answers", stage=ask.stage, round=ask.round, attempt=attempt, sites=sorted(answers), refused=codes
@@ -118,8 +130,8 @@ class Aggregator:
             if sums:
                 self._pointer(ask).unlink(missing_ok=True)
                 used = tuple(sorted({site for entry in sums.values() for site in entry.sites}))
-                heads = {site: (answers[site].ledger_seq, answers[site].ledger_hash) for site in used}
-                return RoundSums(sums, used, refused, attempt + 1, heads)
+                seen = {site: (answer.ledger_seq, answer.ledger_hash) for site, answer in sorted(answers.items())}
+                return RoundSums(sums, used, refused, attempt + 1, seen)
             # Whoever refused for good is not asked again; whoever answered, or was cut off, may be there next time.
             final = {site for site, code in codes.items() if code != "SITE_UNAVAILABLE"}
             attempt, invited = attempt + 1, tuple(site for site in left if site not in final)
@@ -146,6 +158,23 @@ class Aggregator:
             else:
                 codes[site] = _code(reply)
         return answers, codes
+
+    def _disbelieved(
+        self, answers: dict[str, MaskedAnswer], told: Mapping[str, Head], *, replay: bool
+    ) -> dict[str, str]:
+        """Take out of ``answers`` those whose ledger was put back or runs twice; site -> code of these.
+
+        Only the first attempt after a start can be answered from a store; its answers may be older than other heads.
+        """
+        codes: dict[str, str] = {}
+        for site, answer in sorted(answers.items()):
+            head = Head(answer.ledger_seq, answer.ledger_hash)
+            if why := self.known_heads.objection(site, head, told.get(site), replay=replay):
+                self._events.write("sits-out", site=site, code="LEDGER_UNUSABLE", why=why)
+                codes[site] = "LEDGER_UNUSABLE"
+                del answers[site]
+        self.known_heads.learn({site: Head(a.ledger_seq, a.ledger_hash) for site, a in answers.items()})
+        return codes
 
     def _sends(self, site: str, name: str, groups: Mapping[str, int]) -> bool:
         return name in groups and site in self._plan.owners(name)

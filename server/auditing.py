@@ -77,7 +77,8 @@ def attack_cohort(session: Session, sites: Sequence[str], state: State, cohort: 
         problem = f"of {len(able)} sites with a control group, fewer than {plan.min_cohort(AUDIT)} answered"
         return AuditResult((), None, (), times_asked(session), problem)
     total = sums.groups[AUDIT]
-    session.checkpoints.save(AUDIT, 0, {"audit": total.values}, {"sites": list(total.sites)})
+    heads = {site: list(head) for site, head in sums.heads.items()}
+    session.checkpoints.save(AUDIT, 0, {"audit": total.values}, {"sites": list(total.sites), "heads": heads})
     session.events.write(
         "round", stage=AUDIT, round=0, rounds=1, note=f"{len(total.sites)} sites attacked the candidate"
     )

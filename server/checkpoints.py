@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from privacy.book import Head
+
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -70,6 +72,17 @@ class Checkpoints:
             arrays = {name: handle.get_tensor(name) for name in handle.keys()}
             facts = json.loads((handle.metadata() or {}).get("facts", "{}"))
         return Checkpoint(stage, round, arrays, facts)
+
+    def heads(self) -> dict[str, Head]:
+        """Site -> the highest head of its ledger in any finished round; the same whenever a round is asked again."""
+        found: dict[str, Head] = {}
+        for path in sorted(self._folder.glob("*.safetensors")):
+            with safe_open(str(path), framework="numpy") as handle:
+                facts = json.loads((handle.metadata() or {}).get("facts", "{}"))
+            for site, (seq, digest) in facts.get("heads", {}).items():
+                head = Head(int(seq), str(digest))
+                found[site] = max(head, found.get(site, head))
+        return found
 
     def rounds(self, stage: str) -> list[int]:
         """Finished rounds of ``stage``, ascending."""

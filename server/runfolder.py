@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "coordinator"
 
     @property
+    def heads(self) -> Path:
+        """Heads of the sites' ledgers, as far as they were seen."""
+        return self.coordinator / "heads.json"
+
+    @property
     def public_pointer(self) -> Path:
         """A text file naming the folder of the public model (shared between runs)."""
         return self.path / "public-model.txt"

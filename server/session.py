@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from medgen_models.schema import Schema
+from privacy.book import Head
 from privacy.boundary.messages import Approval, PartPut, PartQuery, PartsMissing, PartStored, PlanProposal, Refusal
 from privacy.boundary.plan import StudyPlan
 from privacy.boundary.signing import verify_plan
@@ -89,10 +90,15 @@ def gather(session: Session) -> tuple[str, ...]:
         StudyError: fewer sites than the smallest cohort.
     """
     found = session.exchange.discover(session.plan.study, sorted(session.plan.roster))
-    sites = []
+    sites, known = [], session.aggregator.known_heads
     proposal = PlanProposal(session.plan.canonical(), session.signature)
     for site, reply in session.exchange.ask(dict.fromkeys(found, proposal)).items():
         if isinstance(reply, Approval) and reply.plan_hash == session.plan.hash and reply.status == "approved":
+            head = Head(reply.ledger_seq, reply.ledger_hash)
+            if why := known.objection(site, head, known.last(site)):
+                session.events.write("sits-out", site=site, code="LEDGER_UNUSABLE", why=why)
+                continue
+            known.learn({site: head})
             sites.append(site)
         else:
             code = reply.code if isinstance(reply, Refusal) else "NOT_APPROVED"

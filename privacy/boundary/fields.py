@@ -22,6 +22,7 @@ _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 _GROUP = re.compile(r"[A-Za-z0-9@][A-Za-z0-9_.@,:/+-]{0,199}")
 _STAGE = re.compile(r"[a-z0-9][a-z0-9._/-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_HEAD = re.compile(r"[1-9][0-9]{0,9}:[0-9a-f]{64}")
 
 
 def _need(valid: bool, name: str, value: object, wanted: str) -> None:
@@ -102,6 +103,14 @@ def short_texts(name: str, value: Any) -> None:
     for key, entry in value.items():
         label(f"{name} key", key)
         label(f"{name}.{key}", entry)
+
+
+def heads(name: str, value: Any) -> None:
+    """At most 256 entries, site -> ``SEQ:HASH`` of a row of its ledger."""
+    _need(isinstance(value, Mapping) and len(value) <= MAX_SITES, name, value, f"at most {MAX_SITES} entries")
+    for key, entry in value.items():
+        label(f"{name} key", key)
+        _need(isinstance(entry, str) and bool(_HEAD.fullmatch(entry)), f"{name}.{key}", entry, "SEQ:HASH")
 
 
 def shares(name: str, value: Any) -> None:

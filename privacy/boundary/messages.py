@@ -99,6 +99,8 @@ class RoundTask(_Message):
         invited: all sites that were asked in this attempt, sorted; masks run between them.
         parts: digests of content-addressed parts that the task uses (weights or cohort too large for ``arrays``).
         arrays: incoming weights and public numbers.
+        heads: invited site -> head of its ledger in its last answer that the coordinator has kept, so that a site whose
+            ledger was put back can tell.
         signature: the coordinator's, over :meth:`digest`.
     """
 
@@ -109,6 +111,7 @@ class RoundTask(_Message):
     invited: Annotated[tuple[str, ...], rule.sites]
     parts: Annotated[tuple[str, ...], rule.digests]
     arrays: Annotated[Arrays, rule.arrays("uint32", "int64", "float32")]
+    heads: Annotated[Mapping[str, str], rule.heads] = dataclasses.field(default_factory=dict)
     signature: Annotated[bytes, rule.signature_or_none] = b""
 
     def digest(self) -> str:
@@ -118,7 +121,7 @@ class RoundTask(_Message):
             for name, array in sorted(self.arrays.items())
         ]
         body = [self.plan_hash, self.stage, self.round, self.attempt, list(self.invited), list(self.parts), arrays]
-        return hashlib.sha256(canonical(["round-task", body]).encode()).hexdigest()
+        return hashlib.sha256(canonical(["round-task", body, dict(self.heads)]).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,10 +182,16 @@ class PartStored(_Message):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Approval(_Message):
-    """Where a proposed plan stands at this site."""
+    """Where a proposed plan stands at this site.
+
+    Attributes:
+        ledger_seq, ledger_hash: head of the site's ledger; 0 and 64 zeros before there is one.
+    """
 
     plan_hash: Annotated[str, rule.digest]
     status: Annotated[Literal["approved", "pending"], rule.one_of("approved", "pending")]
+    ledger_seq: Annotated[int, rule.count]
+    ledger_hash: Annotated[str, rule.digest]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,7 +199,8 @@ class MaskedAnswer(_Message):
     """A site's answer to one task: masked groups (uint32), or groups under local noise alone (float32).
 
     Attributes:
-        ledger_seq, ledger_hash: head of the site's ledger when it answered, with the intent in it, so that a rollback is noticed elsewhere.
+        ledger_seq, ledger_hash: head of the site's ledger when it answered, with the intent in it, so that a rollback is
+            noticed elsewhere.
     """
 
     task_digest: Annotated[str, rule.digest]

@@ -45,14 +45,14 @@ def wall_messages() -> tuple[Message, ...]:
         PartQuery((d, e)),
         PartPut(sha_of_data, b"data"),
         PlanProposal(b'{"study":"demo"}', b"\x01" * 64),
-        RoundTask(d, "codec/mri", 3, 1, ("a", "b", "c"), (e,), arrays, b"\x02" * 64),
+        RoundTask(d, "codec/mri", 3, 1, ("a", "b", "c"), (e,), arrays, {"a": f"7:{d}"}, b"\x02" * 64),
         UnmaskRequest(d, "core", 3, 1, e, ("a", "c"), b"\x03" * 64),
         Capabilities(
             "a", ("mri", "ehr"), 200, 20, 3, b"\x04" * 32, b"\x05" * 32, b"\x06" * 64, {"medgen": "0.1"}, "cpu"
         ),
         PartsMissing((e,)),
         PartStored(d),
-        Approval(d, "pending"),
+        Approval(d, "pending", 0, "0" * 64),
         MaskedAnswer(d, {"trunk": arrays["seed"], "slot/pet": arrays["trunk"]}, 7, e),
         UnmaskAnswer(d, b"\x07" * 40, {"a": b"\x08" * 32}),
         Refusal("SPARES_EXHAUSTED"),

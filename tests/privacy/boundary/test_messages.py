@@ -24,6 +24,7 @@ from privacy.boundary.messages import (
     Message,
     PartPut,
     PartQuery,
+    PartStored,
     Refusal,
     RoundTask,
     from_bytes,
@@ -47,6 +48,7 @@ SURFACE = {
         "invited: tuple[str, ...]",
         "parts: tuple[str, ...]",
         "arrays: Arrays",
+        "heads: Mapping[str, str]",
         "signature: bytes",
     ],
     "UnmaskRequest": [
@@ -72,12 +74,18 @@ SURFACE = {
     ],
     "PartsMissing": ["digests: tuple[str, ...]"],
     "PartStored": ["digest: str"],
-    "Approval": ["plan_hash: str", "status: Literal['approved', 'pending']"],
+    "Approval": [
+        "plan_hash: str",
+        "status: Literal['approved', 'pending']",
+        "ledger_seq: int",
+        "ledger_hash: str",
+    ],
     "MaskedAnswer": ["task_digest: str", "groups: Arrays", "ledger_seq: int", "ledger_hash: str"],
     "UnmaskAnswer": ["task_digest: str", "sealed: bytes", "agreement: Mapping[str, bytes]"],
     "Refusal": ["code: RefusalCode"],
 }
 D = "d" * 64
+HEADED = {"plan_hash": D, "ledger_seq": 3, "ledger_hash": D}
 
 
 def describe(hint: object) -> str:
@@ -177,9 +185,11 @@ def header(kind: str, fields: dict[str, object]) -> bytes:
     [
         ("Exec", {}),
         ("Approval", {"plan_hash": D}),
-        ("Approval", {"plan_hash": D, "status": "approved", "note": "x"}),
-        ("Approval", {"plan_hash": D, "status": "maybe"}),
-        ("Approval", {"plan_hash": D.upper(), "status": "approved"}),
+        ("Approval", HEADED | {"status": "approved", "note": "x"}),
+        ("Approval", HEADED | {"status": "maybe"}),
+        ("Approval", HEADED | {"status": "approved", "plan_hash": D.upper()}),
+        ("Approval", HEADED | {"status": "approved", "ledger_seq": -1}),
+        ("Approval", HEADED | {"status": "approved", "ledger_hash": "x"}),
         ("PartsMissing", {"digests": [D, D]}),
         ("PartsMissing", {"digests": D}),
         ("Refusal", {"code": "PATIENT_SMITH"}),
@@ -193,11 +203,10 @@ def test_unknown_kind_field_value_or_type_is_refused(kind: str, fields: dict[str
 
 
 def test_other_encodings_of_the_same_message_are_refused() -> None:
-    good = to_bytes(Approval(D, "approved"))
-    assert from_bytes(good) == Approval(D, "approved")
-    loose = json.dumps({"kind": "Approval", "fields": {"status": "approved", "plan_hash": D}}).encode()
-    twice = b'{"fields":{"plan_hash":"' + b"e" * 64 + b'","plan_hash":"' + D.encode() + b'","status":"approved"},'
-    twice += b'"kind":"Approval"}'
+    good = to_bytes(PartStored(D))
+    assert from_bytes(good) == PartStored(D)
+    loose = json.dumps({"kind": "PartStored", "fields": {"digest": D}}).encode()
+    twice = b'{"fields":{"digest":"' + b"e" * 64 + b'","digest":"' + D.encode() + b'"},"kind":"PartStored"}'
     for text in (loose, twice):
         with pytest.raises(Refused, match="canonical"):
             from_bytes(b"MGN1" + struct.pack(">I", len(text)) + text)
@@ -248,6 +257,11 @@ def test_int64_may_come_in_but_not_go_out() -> None:
         ("invited", ("a", "a")),
         ("invited", ["a"]),
         ("signature", b"short"),
+        ("heads", {"a": D}),
+        ("heads", {"a": f"0:{D}"}),
+        ("heads", {"a": f"7:{D.upper()}"}),
+        ("heads", {"../a": f"7:{D}"}),
+        ("heads", [("a", f"7:{D}")]),
         ("stage", "Core"),
         ("stage", "../core"),
         ("plan_hash", "x"),
@@ -306,6 +320,8 @@ def test_the_task_digest_covers_everything_but_the_signature(wall_messages: tupl
         {"arrays": flipped},
         {"arrays": reshaped},
         {"arrays": renamed},
+        {"heads": {}},
+        {"heads": {"a": f"8:{D}"}},
     ]
     digests = {dataclasses.replace(task, **change).digest() for change in changes}
     assert len(digests | {task.digest()}) == len(changes) + 1
@@ -313,9 +329,10 @@ def test_the_task_digest_covers_everything_but_the_signature(wall_messages: tupl
 
 
 def test_parse_as_names_what_was_expected() -> None:
-    assert parse_as(to_bytes(Approval(D, "approved")), Approval) == Approval(D, "approved")
+    approval = Approval(D, "approved", 3, D)
+    assert parse_as(to_bytes(approval), Approval) == approval
     with pytest.raises(Refused, match="BAD_MESSAGE"):
-        parse_as(to_bytes(Approval(D, "approved")), RoundTask)
+        parse_as(to_bytes(approval), RoundTask)
     with pytest.raises(Refused) as found:
         parse_as(to_bytes(Refusal("NOT_APPROVED")), Approval)
     assert found.value.code == "NOT_APPROVED"

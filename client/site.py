@@ -1,0 +1,212 @@
+"""``site.toml``, read here and nowhere else: what a hospital offers, gives at most, and where its things lie."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from client.records.config import DataConfig
+from privacy.book import Head
+from privacy.boundary.plan import Label
+from privacy.boundary.refusals import LedgerError, Refused
+from privacy.chain import ChainFile
+from privacy.ledger import EVERYONE, Ledger
+from privacy.plan import Ceilings
+
+Epsilon = Annotated[float, Field(gt=0.0, allow_inf_nan=True)]
+Key = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
+
+SITE_LOG = "site.log.jsonl"
+LEDGER = "ledger.sqlite"
+
+
+class _Frozen(BaseModel):
+    """Frozen, and unknown keys are refused: a typing slip in ``site.toml`` is an error, not a silent default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SiteSection(_Frozen):
+    """``[site]``: who we are and what we offer, typed in by the data manager, never counted.
+
+    Attributes:
+        declared_capacity: patients that the site declares (``N_decl``), a public divisor.
+        declared_held_out: patients that never train and serve as control in the audit.
+    """
+
+    name: Label
+    slots: tuple[Label, ...] = Field(min_length=1)
+    declared_capacity: int = Field(ge=1, le=2**31 - 1)
+    declared_held_out: int = Field(default=0, ge=0, le=2**31 - 1)
+
+
+class CeilingSection(_Frozen):
+    """``[ceiling]``: what the site gives at most. ``inf`` admits studies that promise nothing (*not private*).
+
+    Attributes:
+        plan_epsilon: for one plan, by privacy loss distribution.
+        lifetime_epsilon: for all plans together, by a Rényi filter.
+        delta: largest delta of a plan, and the delta at which the lifetime is counted.
+        uncovered_queries: most queries outside the guarantee for one plan.
+    """
+
+    plan_epsilon: Epsilon
+    lifetime_epsilon: Epsilon
+    delta: float = Field(default=1e-5, gt=0.0, le=1e-5, allow_inf_nan=False)
+    uncovered_queries: int = Field(default=0, ge=0)
+
+
+class PolicySection(_Frozen):
+    """``[policy]``.
+
+    Attributes:
+        min_contributors: fewest sites whose sum this site joins; 1 also admits updates under its local noise alone.
+        deterministic_noise: admits the test switch that makes noise predictable. Never with real patients.
+        bad_record: ``null``: a bad record becomes a null patient and is named on site; ``refuse``: the site sits out.
+        coordinator_key: hex of the coordinator's public key, if it is not in ``keys/coordinator.pub``.
+        officer_key: hex of the privacy officer's public key, who signs a restoration of the ledger; empty: nobody can.
+    """
+
+    min_contributors: int = Field(default=3, ge=1, le=256)
+    deterministic_noise: bool = False
+    bad_record: Literal["null", "refuse"] = "null"
+    coordinator_key: Key = ""
+    officer_key: Key = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_contributors == 2:
+            raise ValueError("min_contributors: expected 1, or 3 and more; a sum over two sites hides neither")
+        return self
+
+
+class SpeedSection(_Frozen):
+    """``[speed]``: how private steps are computed; it cannot change what is promised.
+
+    Attributes:
+        engine: per-patient gradients by whole-model vectorising, or by a loop (least memory).
+        chunk: patients per physical batch. threads: CPU threads; runs on other backends that set the same number are
+            bit-identical under the test switch.
+    """
+
+    engine: Literal["vmap", "loop"] = "vmap"
+    chunk: int = Field(default=16, ge=1)
+    threads: int = Field(default=1, ge=1)
+
+
+class SiteConfig(_Frozen):
+    """A site folder's ``site.toml``, read here and nowhere else.
+
+    Attributes:
+        folder: the site folder that it was read from; not a key of the file.
+    """
+
+    folder: Path
+    site: SiteSection
+    data: DataConfig = DataConfig()
+    ceiling: CeilingSection
+    policy: PolicySection = PolicySection()
+    speed: SpeedSection = SpeedSection()
+
+    @classmethod
+    def load(cls, site_dir: Path) -> SiteConfig:
+        """Read ``site_dir/site.toml``.
+
+        Raises:
+            ValueError: naming file, key, value and rule of everything that does not fit.
+        """
+        path = site_dir / "site.toml"
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{path}: there is no such file; the hospital guide shows one") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: it is no TOML file: {error}") from error
+        if "folder" in tables:
+            raise ValueError(f"{path}: unknown key 'folder'; remove it")
+        try:
+            return cls.model_validate({**tables, "folder": site_dir})
+        except ValidationError as error:
+            found = error.errors()
+            places = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (got {str(e['input'])[:60]!r})" for e in found]
+            raise ValueError(f"{path}: {len(places)} keys do not fit; correct them:\n" + "\n".join(places)) from error
+
+    @property
+    def ceilings(self) -> Ceilings:
+        """The three numbers that the ledger holds every plan against."""
+        return Ceilings(
+            plan_epsilon=self.ceiling.plan_epsilon,
+            lifetime_epsilon=self.ceiling.lifetime_epsilon,
+            delta=self.ceiling.delta,
+        )
+
+    @property
+    def data_root(self) -> Path:
+        """The data folder; a relative ``[data] root`` is relative to the site folder."""
+        return self.folder / self.data.root
+
+    def coordinator_key(self) -> bytes:
+        """The coordinator's public key as this site pinned it.
+
+        Raises:
+            Refused: ``COORDINATOR_UNKNOWN`` if none is pinned, or file and ``site.toml`` disagree.
+        """
+        path = self.folder / "keys" / "coordinator.pub"
+        filed = path.read_text(encoding="ascii").strip() if path.exists() else ""
+        pinned = {key for key in (self.policy.coordinator_key, filed) if key}
+        if len(pinned) != 1:
+            found = "two different keys are pinned" if pinned else "no key is pinned"
+            raise Refused(
+                "COORDINATOR_UNKNOWN", found, "put one key in [policy] coordinator_key or in keys/coordinator.pub"
+            )
+        key = pinned.pop()
+        if len(key) != 64 or set(key) - set("0123456789abcdef"):
+            raise Refused("COORDINATOR_UNKNOWN", f"{path} holds no key", "expected 64 hexadecimal digits")
+        return bytes.fromhex(key)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The data blocks that a plan approved today may read."""
+        return self.data.blocks or (EVERYONE,)
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where the spend file is."""
+        return self.folder / LEDGER
+
+    def open_ledger(self) -> Ledger:
+        """This site's spend file, opened for writing; the caller closes it.
+
+        Raises:
+            LedgerError: as :meth:`Ledger.open`; ``rolled back`` if the site log remembers an approval that the file does
+                not; ``foreign`` if today's ``[data] block_column`` is not the one by which its blocks are told apart.
+        """
+        approvals = [link.data() for link in self.log().read() if link.kind == "approved"]
+        remedy = "keep what is there and run `medgen site ledger restore`"
+        if approvals and not self.ledger_path.exists():
+            raise LedgerError("rolled back", f"{self.ledger_path} is gone, and plans were approved over it", remedy)
+        ledger = Ledger.open(self.ledger_path, self.site.name)
+        try:
+            for head in (Head.parse(entry["ledger"]) for entry in approvals if "ledger" in entry):
+                if not ledger.holds(head):
+                    raise LedgerError(
+                        "rolled back", f"the site log remembers row {head.seq}, the ledger does not", remedy
+                    )
+            if ledger.block_column not in ("", self.data.block_column):
+                raise LedgerError(
+                    "foreign",
+                    f"its blocks are told apart by {ledger.block_column!r}, [data] block_column is "
+                    f"{self.data.block_column!r}",
+                    "put the column back: blocks by another column overlap with those that have spent",
+                )
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    def log(self) -> ChainFile:
+        """This site's hash-chained log of proposals, approvals and rejections."""
+        return ChainFile(self.folder / SITE_LOG)
