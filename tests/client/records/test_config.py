@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -15,6 +16,25 @@ def test_an_empty_section_reads_every_slot_of_the_usual_layout(schema: Schema) -
     kinds = [type(DataConfig().source(slot)) for slot in schema.slots]
     assert kinds == [BidsSource, BidsSource, FilmSource, TableSource, SeriesSource, NotesSource]
     assert [BidsSource().folder_for(schema.slot(name)) for name in ("mri", "pet")] == ["anat", "pet"]
+
+
+def test_the_keys_of_the_section_are_frozen() -> None:
+    """A change here is a change of every hospital's site.toml; the hospital guide lists the same keys."""
+    assert sorted(DataConfig.model_fields) == [
+        "block_column", "blocks", "format", "id_column", "identity_column", "ignore", "include", "participants", "root",
+        "slots",
+    ]  # fmt: skip
+    guide = (Path(__file__).parents[3] / "docs" / "guide-hospital.md").read_text(encoding="utf-8")
+    section = guide.split("### `[data]`")[1].split("**`reader")[0]
+    assert all(f"| `{key}" in section for key in DataConfig.model_fields)
+
+
+def test_blocks_need_the_column_that_tells_them_apart() -> None:
+    with pytest.raises(ValidationError, match="block_column"):
+        DataConfig(blocks=("2024",))
+    with pytest.raises(ValidationError, match="no label"):
+        DataConfig(block_column="year", blocks=("all",))
+    assert DataConfig(block_column="year").blocks == ()
 
 
 def test_toml_of_the_docstring() -> None:

@@ -354,6 +354,17 @@ def test_withdrawal_purges_every_cache(years: Any, read: Callable[..., Records],
     assert "sub-2" not in everyone(read("ehr", cached=True))
 
 
+def test_a_cache_that_outlived_the_purge_is_not_used(
+    years: Any, read: Callable[..., Records], gone: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reading that was under way may store its batch after the purge; the batch is of other patients."""
+    read("ehr", cached=True)
+    monkeypatch.setattr("client.records.standing.purge_caches", lambda _: None)
+    gone("sub-2")
+    assert len(list((years.folder / "cache").iterdir())) == 1
+    assert "sub-2" not in everyone(read("ehr", cached=True))
+
+
 def test_a_withdrawn_person_is_gone_under_every_id_that_there_is_or_comes(
     site: Any, read: Callable[..., Records], gone: Callable[..., None]
 ) -> None:
