@@ -182,8 +182,8 @@ class DPPlan(Frozen):
     def profile(self) -> tuple[tuple[float, float], ...]:
         """The promise as a whole: pairs (epsilon, delta), pessimistic, from epsilon 0 to where delta is below 1e-9.
 
-        Each delta is the worse of both directions (adding or removing the patient). The trade-off curve of any attack follows from it (:func:`privacy.audit.tradeoff.tpr_cap_of_profile`); empty for
-        a plan that is not private.
+        Each delta is the worse of both directions (adding or removing the patient). The trade-off curve of any attack
+        follows (:func:`privacy.audit.tradeoff.tpr_cap_of_profile`). Empty for a plan that is not private.
         """
         if not self.private:
             return ()

@@ -9,6 +9,7 @@ import pytest
 
 from client import enrolment, policy
 from client.policy import SiteConfig
+from privacy import accounting
 from privacy.boundary.messages import PlanProposal
 from privacy.boundary.plan import plan_hash
 from privacy.boundary.refusals import Refused
@@ -213,6 +214,17 @@ def test_the_promise_must_fit_the_ceilings(wall_site: Path, wall_propose: Propos
     assert refused(wall_site, wall_propose()) == "DELTA"
     edit_toml(wall_site, "lifetime_epsilon = 16.0", "lifetime_epsilon = 2.0")
     assert refused(wall_site, wall_propose(dp=make_dp(4.0, 1e-6))) == "OVER_LIFETIME_CEILING"
+
+
+def test_a_plan_on_which_this_sites_accountants_disagree_is_refused_and_reserves_nothing(
+    wall_site: Path, wall_propose: Propose, wall_dp: DPPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounting, "_prv", lambda segments, delta: wall_dp.epsilon - 0.03)
+    assert refused(wall_site, wall_propose()) == "BAD_PLAN"
+    assert reserved(wall_site) == 0
+    monkeypatch.undo()
+    approve(wall_site, wall_propose())
+    assert reserved(wall_site) == 1
 
 
 def test_queries_outside_the_guarantee_are_capped(wall_site: Path, wall_propose: Propose) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from medgen_models.schema import Schema
+from privacy import accounting
 from privacy.boundary.plan import Part, StudyPlan
 from privacy.plan import DPPlan
 from server.planning import LOSS_THRESHOLDS, RATIO_THRESHOLDS, PublicFacts, build_plan, dp_plan
@@ -70,6 +71,12 @@ def test_stages_that_a_study_lacks_cost_nothing() -> None:
     assert names(dp_plan(config(), images, FACTS)) == ["recentre", "core"]
     assert names(dp_plan(config(), table, FACTS)) == ["marginals", "core"]
     assert names(dp_plan(config(table={"prior": "core"}, recentre={"enabled": False}), schema, FACTS)) == ["core"]
+
+
+def test_a_plan_on_which_two_accountants_disagree_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "_prv", lambda segments, delta: 8.0 + 0.03)
+    with pytest.raises(accounting.AccountantsDisagree, match=r"8\.0300 by PRV"):
+        dp_plan(config(), demo_schema(), FACTS)
 
 
 def test_infinity_means_no_noise_and_says_so() -> None:

@@ -177,6 +177,7 @@ def test_the_spend_in_the_report_is_the_spend_in_the_ledgers(study_finished: Any
     for site in study_sites:
         ledger = study_finished.ledger(site)
         assert rows[site].epsilon_spent == pytest.approx(ledger.spent_epsilon, rel=1e-9)
+        assert rows[site].epsilon_at_most == rows[site].epsilon_spent
         assert [(s.stage, s.answered, s.spares_used) for s in rows[site].stages] == [
             (s.name, s.commits, s.spares_used) for s in ledger.stages
         ]
@@ -205,3 +206,30 @@ def test_a_discarded_attempt_is_a_spare_in_the_report_too(
     for row in _spend(session):
         assert (row.stages[0].answered, row.stages[0].spares_used) == (1, 1)
         assert row.epsilon_spent == pytest.approx(study.ledger(row.site).spent_epsilon, rel=1e-9)
+
+
+def test_an_answer_that_was_lost_may_have_been_charged_and_at_most_counts_it(
+    study: Any, study_sites: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from privacy.boundary.messages import Refusal, RoundTask
+    from server.exchange import Exchange
+
+    real = Exchange.ask
+
+    def lossy(self: Exchange, requests: Any) -> Any:
+        replies = real(self, requests)
+        for site, request in requests.items():
+            if isinstance(request, RoundTask) and site == "elm-chest":
+                replies[site] = Refusal("SITE_UNAVAILABLE")  # it computed, charged, and the link broke
+        return replies
+
+    monkeypatch.setattr(Exchange, "ask", lossy)
+    session = study.session()
+    sites = gather(session)
+    domain = [len(column.levels) for column in variables(session.schema, session.config.table.bins)]
+    stages.marginals(session, sites, domain)
+    for row in _spend(session):
+        charged = study.ledger(row.site).spent_epsilon
+        assert row.epsilon_spent <= charged <= row.epsilon_at_most * (1 + 1e-9)
+        assert (row.epsilon_spent < charged) is (row.site == "elm-chest")
+        assert row.epsilon_at_most <= session.dp.epsilon
