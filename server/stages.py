@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from medgen_models.adapters import group_of
 from medgen_models.assembly import StudyModel, to_arrays
-from medgen_models.codecs.bank import PRESENCE
+from medgen_models.codecs.bank import PRESENCE, CodecBank
 from server.aggregation import Ask, GroupSum, RoundSums, StudyError
 from server.planning import CODEC, CORE, MARGINALS, RECENTRE
 from server.session import Session
@@ -54,12 +54,27 @@ def recentre(session: Session, sites: Sequence[str], model: StudyModel, state: S
     for name, total in stored.items():
         slot = name.removeprefix("mean/")
         patients = float(sum(session.plan.roster[site].n_decl for site in session.plan.owners(name) if site in sites))
-        shift = model.bank.shift_from_sum(torch.from_numpy(total).float(), (slot,), patients)[slot].double().numpy()
-        count = float(np.clip(total[-1] / PRESENCE, max(0.05 * patients, 1.0), max(patients, 1.0)))
         contributors = sum(site in sites for site in session.plan.owners(name))
-        noise_std = session.dp.query(RECENTRE).noise_std * contributors**0.5 / count
-        found[name] = shrink(shift, noise_std).astype(np.float32)
+        noise_std = session.dp.query(RECENTRE).noise_std * contributors**0.5
+        found[name] = shift_of(model.bank, slot, total, patients, noise_std)
     return {**state, **found}
+
+
+def shift_of(
+    bank: CodecBank, slot: str, total: NDArray[np.float64], patients: float, noise_std: float
+) -> NDArray[np.float32]:
+    """How far the centre of a slot moves, from the noised sum of its mean token vectors over all sites.
+
+    Args:
+        bank: codecs.
+        slot: an image slot.
+        total: the sum, the slot's part alone.
+        patients: declared capacity of the summed sites together.
+        noise_std: of the noise on each entry of ``total``.
+    """
+    shift = bank.shift_from_sum(torch.from_numpy(total).float(), (slot,), patients)[slot].double().numpy()
+    count = float(np.clip(total[-1] / PRESENCE, max(0.05 * patients, 1.0), max(patients, 1.0)))
+    return shrink(shift, noise_std / count).astype(np.float32)
 
 
 def shrink(estimate: NDArray[np.float64], noise_std: float) -> NDArray[np.float64]:

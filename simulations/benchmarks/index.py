@@ -20,6 +20,7 @@ READS_A_RUN: Mapping[str, str] = {
 }
 STANDS_ALONE: Mapping[str, str] = {
     "accounting": "epsilon of fifty random schedules against an independent composition; time of a query",
+    "frontier": "utility against epsilon, and one factor at a time around epsilon 8; goes on beside --json after an interruption",
 }
 
 
@@ -31,7 +32,7 @@ def run_benchmark(name: str, run: Path | None, json: Path | None) -> int:
             console.print(f"  {known:<14} {about}")
         return 0
     try:
-        result = _measure(name, run)
+        result = _measure(name, run, json)
     except (ValueError, OSError) as error:
         console.print(f"[bold red]refused[/] {error}")
         return 1
@@ -42,7 +43,7 @@ def run_benchmark(name: str, run: Path | None, json: Path | None) -> int:
     return 2 if any(row.holds is False for row in result.rows) else 0
 
 
-def _measure(name: str, run: Path | None) -> BenchResult:
+def _measure(name: str, run: Path | None, json: Path | None) -> BenchResult:
     if name in READS_A_RUN:
         if run is None:
             raise ValueError(f"benchmark {name} reads a finished run: give --run FOLDER")
@@ -50,7 +51,7 @@ def _measure(name: str, run: Path | None) -> BenchResult:
     if name in STANDS_ALONE:
         if run is not None:
             raise ValueError(f"benchmark {name} stands alone and reads no run: leave --run out")
-        return _stand_alone(name)
+        return _stand_alone(name, json)
     raise ValueError(f"no benchmark {name!r}; known are {', '.join(sorted({**READS_A_RUN, **STANDS_ALONE}))}")
 
 
@@ -75,12 +76,19 @@ def _read(name: str, run: Path) -> BenchResult:
             raise ValueError(f"benchmark {name!r} is listed and has no case here")
 
 
-def _stand_alone(name: str) -> BenchResult:
-    """A benchmark that needs nothing but the code; each is imported only when it is asked for."""
+def _stand_alone(name: str, json: Path | None) -> BenchResult:
+    """A benchmark that needs nothing but the code; each is imported only when it is asked for.
+
+    ``json`` is where the result will be written: a long benchmark keeps what it needs to go on beside it.
+    """
     match name:
         case "accounting":
             from simulations.benchmarks import accounting
 
             return accounting.run()
+        case "frontier":
+            from simulations.benchmarks import frontier
+
+            return frontier.run(json)
         case _:
             raise ValueError(f"benchmark {name!r} is listed and has no case here")

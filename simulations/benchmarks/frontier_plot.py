@@ -1,0 +1,89 @@
+"""The frontier as one picture: each measure against epsilon on the left, and beside the centre with one factor changed on the right."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from simulations.benchmarks.frontier_cell import Cell, Utility
+
+Floats = NDArray[np.float64]
+INK, CENTRE, OTHER, LINE = "#1d2733", "#1b4b72", "#8fb1cc", "#8a5a1c"
+TITLES: tuple[tuple[str, str], ...] = (
+    ("kept", "image-to-row correlations kept (more is better)"),
+    ("distance", "Fréchet distance of image tokens (less is better)"),
+    ("loss", "held-out loss of the core (less is better)"),
+)
+INFINITE_AT = 24.0
+"""Where *not private* stands on the logarithmic axis of epsilon."""
+_STYLE: Any = {"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK}
+
+
+def draw(cells: Sequence[Cell], seeds: Sequence[int], results: Mapping[tuple[str, int], Utility]) -> bytes:
+    """PNG bytes. Points and bars are medians over seeds, whiskers reach from the lowest to the highest.
+
+    Args:
+        cells: the first one is the centre; those that differ from it in epsilon alone make the curve.
+        seeds: of the runs.
+        results: of every cell and seed.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(13.0, 3.4 * len(TITLES)), layout="constrained")
+        FigureCanvasAgg(figure)
+        for row, (field, title) in enumerate(TITLES):
+            left = figure.add_subplot(len(TITLES), 2, 2 * row + 1)
+            right = figure.add_subplot(len(TITLES), 2, 2 * row + 2)
+            spans = {
+                cell.name: np.asarray([getattr(results[cell.name, seed], field) for seed in seeds]) for cell in cells
+            }
+            _curve(left, cells, spans, title)
+            _bars(right, cells, spans)
+        body = io.BytesIO()
+        figure.savefig(body, format="png", dpi=110)
+        return body.getvalue()
+
+
+def on_curve(cell: Cell, centre: Cell) -> bool:
+    """Whether a cell differs from the centre in epsilon alone; the untouched public model (epsilon 0) does not count."""
+    return cell.epsilon > 0 and dataclasses.replace(cell, name=centre.name, epsilon=centre.epsilon) == centre
+
+
+def _curve(axes: Axes, cells: Sequence[Cell], spans: Mapping[str, Floats], title: str) -> None:
+    own = sorted((cell for cell in cells if on_curve(cell, cells[0])), key=lambda cell: cell.epsilon)
+    at = [min(cell.epsilon, INFINITE_AT) for cell in own]
+    middle = [float(np.median(spans[cell.name])) for cell in own]
+    axes.errorbar(at, middle, yerr=_whiskers([spans[cell.name] for cell in own]), color=CENTRE, marker="o", capsize=3)
+    untouched = [cell for cell in cells if cell.epsilon == 0 and cell.shift == cells[0].shift]
+    for cell in untouched:
+        axes.axhline(float(np.median(spans[cell.name])), color=LINE, linestyle="--", linewidth=1.0, label=cell.name)
+        axes.legend(frameon=False)
+    axes.set_xscale("log")
+    axes.set_xticks(at, ["not private" if math.isinf(cell.epsilon) else f"{cell.epsilon:g}" for cell in own])
+    axes.minorticks_off()
+    axes.set_xlabel("epsilon")
+    axes.set_title(title, loc="left", fontweight="bold")
+
+
+def _bars(axes: Axes, cells: Sequence[Cell], spans: Mapping[str, Floats]) -> None:
+    own = [cell for cell in cells if cell == cells[0] or not on_curve(cell, cells[0])]
+    middle = [float(np.median(spans[cell.name])) for cell in own]
+    places = np.arange(len(own))[::-1]
+    colours = [CENTRE if cell == cells[0] else OTHER for cell in own]
+    axes.barh(places, middle, xerr=_whiskers([spans[cell.name] for cell in own]), color=colours, capsize=2)
+    axes.axvline(middle[0], color=CENTRE, linewidth=0.8)
+    axes.set_yticks(places, [cell.name for cell in own], fontsize=8)
+
+
+def _whiskers(spans: Sequence[Floats]) -> Floats:
+    """Distances (2, cells) from the median to the lowest and the highest."""
+    return np.asarray([[np.median(s) - s.min() for s in spans], [s.max() - np.median(s) for s in spans]])
