@@ -145,9 +145,9 @@ class ChaChaNoise:
         """
         if not (math.isfinite(std) and std >= 0):
             raise ValueError(f"Expected a finite std={std} >= 0")
-        out = torch.zeros(tuple(shape), dtype=dtype)
-        if std == 0 or out.numel() == 0:
-            return out
+        if std == 0:
+            return torch.zeros(tuple(shape), dtype=dtype)
+        out = torch.empty(tuple(shape), dtype=dtype)
         flat = out.view(-1)
         for start in range(0, flat.numel(), BLOCK_VALUES):
             part = flat[start : start + BLOCK_VALUES]
@@ -197,4 +197,4 @@ def to_grid(values: Tensor, std: float) -> Tensor:
     if std == 0:
         return values
     step = grid_step(std)
-    return torch.round(values / step) * step
+    return torch.round(values * (1.0 / step)).mul_(step)
