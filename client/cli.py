@@ -52,15 +52,74 @@ def withdraw(
 
 @ledger.command("show")
 def show(folder: Folder) -> None:
-    """Show what each approved study may spend, has spent, and what its interrupted rounds cost."""
-    from client.console import print_ledger
+    """Show, for each block of patients and each plan, what may be spent, was spent, and what interrupted rounds cost."""
+    from client.ledger_console import print_ledger
 
-    print_ledger(folder)
+    raise typer.Exit(print_ledger(folder))
 
 
 @ledger.command("verify")
 def verify(folder: Folder) -> None:
-    """Recompute the hash chain and compare it with its mirror; exit code 1 if a byte was changed or rolled back."""
-    from client.console import print_ledger_verification
+    """Recompute the hash chain and hold it against mirror and site log; exit code 1 if a byte was changed or rolled back."""
+    from client.ledger_console import print_verification
 
-    raise typer.Exit(print_ledger_verification(folder))
+    raise typer.Exit(print_verification(folder))
+
+
+@ledger.command("forecast")
+def forecast(
+    folder: Folder,
+    epsilon: Annotated[float | None, typer.Option(help="Ask for a plan calibrated to this epsilon.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Ask for this plan (JSON) instead of the last one.", exists=True, dir_okay=False)
+    ] = None,
+) -> None:
+    """Say how many further plans like the last one fit under both ceilings, block by block. Writes nothing."""
+    from client.ledger_console import print_forecast
+
+    raise typer.Exit(print_forecast(folder, epsilon, plan))
+
+
+@ledger.command("export")
+def export(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="File to write; the terminal without it.", dir_okay=False)] = None,
+) -> None:
+    """Write the whole ledger as JSON that an auditor can check offline; it holds no patient data."""
+    from client.ledger_console import write_transcript
+
+    raise typer.Exit(write_transcript(folder, out))
+
+
+@ledger.command("close")
+def close(
+    folder: Folder,
+    plan: Annotated[str, typer.Argument(help="The plan's hash, or eight letters or more of its beginning.")],
+) -> None:
+    """Close a finished plan: no further round of it begins, and what it had reserved beyond that is given back."""
+    from client.ledger_console import print_closing
+
+    raise typer.Exit(print_closing(folder, plan))
+
+
+@ledger.command("restore")
+def restore(
+    folder: Folder,
+    backup: Annotated[
+        Path, typer.Option(help="A copy of ledger.sqlite from before the loss.", exists=True, dir_okay=False)
+    ],
+    known_head: Annotated[
+        list[str], typer.Option(help="SEQ:HASH that the last report or the coordinator remembers; may be repeated.")
+    ],
+    officer_key: Annotated[
+        Path,
+        typer.Option(help="The officer's private key; site.toml pins its public half.", exists=True, dir_okay=False),
+    ],
+) -> None:
+    """Restore a lost or damaged ledger: whatever may have been spent in lost rows is charged, and the officer signs.
+
+    The damaged file is kept under another name. Run again, the command completes what was interrupted.
+    """
+    from client.ledger_console import print_restoration
+
+    raise typer.Exit(print_restoration(folder, backup, known_head, officer_key))

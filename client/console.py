@@ -1,8 +1,7 @@
-"""What ``medgen site …`` prints. Local: none of it leaves the hospital by itself."""
+"""What ``medgen site check`` and ``withdraw`` print. Local: none of it leaves the hospital by itself."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from rich.console import Console
@@ -15,8 +14,6 @@ from client.records.check import check as check_records
 from client.records.register import find_person
 from client.records.standing import withdraw, withdrawals
 from medgen_models.schema import Schema
-from privacy.boundary.refusals import Refused
-from privacy.ledger import Ledger, PlanSummary
 
 MOST_PROBLEMS = 200
 
@@ -96,50 +93,4 @@ def print_withdrawn(folder: Path) -> int:
     console.print(f"{len(entries)} patients withdrew; for this hospital only")
     for entry in entries:
         console.print(f"  {entry.at}  {', '.join(entry.ids)}")
-    return 0
-
-
-def print_ledger(folder: Path) -> None:
-    """Print promise and spend of every plan that the site approved."""
-    console = Console(soft_wrap=True)
-    config = SiteConfig.load(folder)
-    with Ledger.open(folder / "ledger.sqlite", config.site.name, writable=False) as ledger:
-        summary = ledger.summary()
-    console.print(f"[bold]{summary.site}[/] · row {summary.head[0]} · head {summary.head[1][:16]}")
-    lifetime = "not private" if not summary.private else f"{summary.lifetime_epsilon:.3f}"
-    console.print(
-        f"lifetime epsilon (Rényi) {lifetime} of {config.ceiling.lifetime_epsilon:g} at delta {config.ceiling.delta:g}; "
-        f"records read for local work {summary.local_reads} times"
-    )
-    for plan in summary.plans:
-        _print_plan(console, plan)
-
-
-def _print_plan(console: Console, plan: PlanSummary) -> None:
-    promise = (
-        "NOT PRIVATE" if not plan.private else f"epsilon {plan.epsilon:.3f} reserved, {plan.spent_epsilon:.3f} spent"
-    )
-    state = "closed" if plan.closed else "open"
-    console.print(f"\nplan {plan.plan_hash[:16]} · {promise} · delta {plan.delta:g} · N_decl {plan.n_decl} · {state}")
-    table = Table("stage", "rounds", "spares", "begun", "finished", "spares used", "left", "epsilon alone")
-    for stage in plan.stages:
-        alone = "∞" if math.isinf(stage.spent_epsilon) else f"{stage.spent_epsilon:.3f}"
-        numbers = (stage.rounds, stage.spare_rounds, stage.intents, stage.commits, stage.spares_used, stage.remaining)
-        table.add_row(stage.name, *map(str, numbers), alone)
-    console.print(table)
-    for query, times in plan.uncovered.items():
-        console.print(f"  not covered by epsilon: {query}, answered {times} times")
-
-
-def print_ledger_verification(folder: Path) -> int:
-    """Recompute the ledger's chain; 0 if it holds."""
-    console = Console(soft_wrap=True)
-    try:
-        config = SiteConfig.load(folder)
-        with Ledger.open(folder / "ledger.sqlite", config.site.name, writable=False) as ledger:
-            seq, head = ledger.verify()
-    except (Refused, ValueError, OSError) as error:
-        console.print(f"[bold red]the ledger does not hold[/] {error}")
-        return 1
-    console.print(f"the ledger holds: {seq} rows, head {head}")
     return 0

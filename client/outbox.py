@@ -10,12 +10,14 @@ Not covered: an outbox put back from a backup: the site then computes a lost ans
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
 
-from privacy.boundary.messages import RoundTask
+from privacy.book import Head
+from privacy.boundary.messages import MaskedAnswer, RoundTask, parse_as
 from privacy.boundary.refusals import Refused
 from privacy.chain import ChainFile, Link, canonical, write_durably
 
@@ -105,6 +107,16 @@ class Outbox:
             return
         self.record("answer", answer, about=task_digest)
         write_durably(self._answer_path(task_digest), hashlib.sha256(answer).digest() + answer)
+
+    def heads(self) -> tuple[Head, ...]:
+        """Heads of the ledger that stored answers carry; a damaged answer has none."""
+        found = []
+        for path in sorted(self._answers.glob("*.bin")):
+            with contextlib.suppress(ValueError):
+                stored = self.get(path.stem)
+                answer = parse_as(stored if stored is not None else b"", MaskedAnswer)
+                found.append(Head(answer.ledger_seq, answer.ledger_hash))
+        return tuple(found)
 
     def settle_survivors(self, task_digest: str, survivors: tuple[str, ...]) -> None:
         """Bind this task to one survivor set, durably, before any seed of it is revealed.

@@ -184,11 +184,18 @@ class SiteConfig(_Frozen):
             LedgerError: as :meth:`Ledger.open`; ``rolled back`` if the site log remembers an approval that the file does
                 not; ``foreign`` if today's ``[data] block_column`` is not the one by which its blocks are told apart.
         """
+        return self._checked_ledger(writable=True)
+
+    def read_ledger(self) -> Ledger:
+        """The same, opened for reading, which works while the agent writes; nothing is created."""
+        return self._checked_ledger(writable=False)
+
+    def _checked_ledger(self, *, writable: bool) -> Ledger:
         approvals = [link.data() for link in self.log().read() if link.kind == "approved"]
         remedy = "keep what is there and run `medgen site ledger restore`"
         if approvals and not self.ledger_path.exists():
             raise LedgerError("rolled back", f"{self.ledger_path} is gone, and plans were approved over it", remedy)
-        ledger = Ledger.open(self.ledger_path, self.site.name)
+        ledger = Ledger.open(self.ledger_path, self.site.name, writable=writable)
         try:
             for head in (Head.parse(entry["ledger"]) for entry in approvals if "ledger" in entry):
                 if not ledger.holds(head):

@@ -159,7 +159,8 @@ class Account:
     def promise(self) -> dict[str, Any]:
         """The reserve row without what depends on the ceilings of that day, old rows filled up."""
         kept = {key: value for key, value in self.reserve.items() if key not in ("lifetime_delta", "order", "orders")}
-        return {**kept, "blocks": list(self.blocks), "block_column": self.block_column}
+        plan = DPPlan.from_dict(self.reserve["plan"]).to_dict()
+        return {**kept, "plan": plan, "blocks": list(self.blocks), "block_column": self.block_column}
 
     @property
     def private(self) -> bool:

@@ -22,6 +22,10 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "site withdraw": ("folder", "patient", "--list"),
     "site ledger show": ("folder",),
     "site ledger verify": ("folder",),
+    "site ledger forecast": ("folder", "--epsilon", "--plan"),
+    "site ledger export": ("folder", "--out"),
+    "site ledger close": ("folder", "plan"),
+    "site ledger restore": ("folder", "--backup", "--known-head", "--officer-key"),
     "release verify": ("bundle", "--key"),
     "audit report": ("run", "--out"),
 }
