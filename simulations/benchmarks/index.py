@@ -20,6 +20,7 @@ READS_A_RUN: Mapping[str, str] = {
 }
 STANDS_ALONE: Mapping[str, str] = {
     "accounting": "epsilon of fifty random schedules against an independent composition; time of a query",
+    "canaries": "how much of a promise 50,000 canaries an arm show: lower bounds on epsilon beside what was promised",
     "frontier": "utility against epsilon, and one factor at a time around epsilon 8; goes on beside --json after an interruption",
 }
 
@@ -86,6 +87,10 @@ def _stand_alone(name: str, json: Path | None) -> BenchResult:
             from simulations.benchmarks import accounting
 
             return accounting.run()
+        case "canaries":
+            from simulations.benchmarks import canaries
+
+            return canaries.run()
         case "frontier":
             from simulations.benchmarks import frontier
 

@@ -142,6 +142,20 @@ def params(dp_net: nn.Module, dp_params: Callable[[nn.Module], dict[str, Tensor]
     return dp_params(dp_net)
 
 
+@pytest.mark.parametrize("epsilon", [4.0, 8.0])
+def test_one_run_beside_a_network_reports_a_lower_bound_next_to_epsilon(
+    dp_net_loss: UnitLoss, dp_net_units: Make, params: dict[str, Tensor], dp_stage: Stage, epsilon: float
+) -> None:
+    """End to end: one training run of a network with its patients and 1500 coins; the bound lies in (0, epsilon]."""
+    stage, noise = dp_stage(epsilon, sampling_rate=0.25, steps=6, clip=0.7, spare_rounds=0), test_noise("one run")
+    enrolled = coins(1500, noise)
+    arguments = beside(dp_net_loss, params, dp_net_units(40, 2), enrolled)
+    scores = log_likelihood_ratio(noised_steps(arguments, stage, 100, noise), stage.sigma, stage.sampling_rate)
+    result = judge(scores, enrolled, stage, deterministic=True)
+    assert result.counts.trials_member + result.counts.trials_held_out == 1500
+    assert 0 < result.epsilon_lower <= result.epsilon < result.epsilon_gaussian == pytest.approx(epsilon, rel=1e-3)
+
+
 ENROLLED = np.array([True, False, True, True, False])
 
 
