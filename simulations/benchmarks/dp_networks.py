@@ -137,7 +137,9 @@ def _aekl() -> Network:
         norm_num_groups=8, attention_levels=(False, False, False), with_encoder_nonlocal_attn=False,
         with_decoder_nonlocal_attn=False,
     )  # fmt: skip
-    return _image_network("MONAI AutoencoderKL, 32x32x32 voxels", net.requires_grad_(False), 1, (32, 32, 32), _aekl_loss)
+    return _image_network(
+        "MONAI AutoencoderKL, 32x32x32 voxels", net.requires_grad_(False), 1, (32, 32, 32), _aekl_loss
+    )
 
 
 def _aekl_loss(module: nn.Module, batch: Units) -> Tensor:

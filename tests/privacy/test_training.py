@@ -16,11 +16,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 from privacy import training
-from privacy.engines import UnitLoss
-from privacy.gradients import Engine, Speed, per_patient_gradients
+from privacy.engines import UnitLoss, norm_bounds, unit_norms
+from privacy.gradients import Engine, Speed, raw_gradients
 from privacy.noise import NoiseSource, system_noise, test_noise, to_grid
 from privacy.plan import DPPlan, TrainingStage
-from privacy.training import RoundOutcome, StreamDPOptimizer, draw_patients, train_round
+from privacy.training import RoundOutcome, StreamDPOptimizer, clip_factors, draw_patients, train_round
 
 Round = Callable[..., RoundOutcome]
 Stage = Callable[..., TrainingStage]
@@ -71,16 +71,17 @@ def test_the_step_equals_a_hand_written_loop(
             norm = math.sqrt(sum(float((part.double() ** 2).sum()) for part in gradient))
             for total, part in zip(sums, gradient, strict=True):
                 total += part.double() * (0.7 / max(0.7, norm))
-        for weight, total in zip(weights, sums, strict=True):
-            std = stage.sigma * 0.7
-            noised = to_grid(total + noise.gaussian(weight.shape, std, dtype=torch.float64), std)
-            weight.grad = (noised / (0.6 * n_decl)).float()
+        std = stage.sigma * 0.7
+        everything = torch.cat([total.flatten() for total in sums])  # noise is drawn once, in the parameters' order
+        noised = to_grid(everything + noise.gaussian(everything.shape, std, dtype=torch.float64), std)
+        for weight, total in zip(weights, noised.split([w.numel() for w in weights]), strict=True):
+            weight.grad = (total.view(weight.shape) / (0.6 * n_decl)).float()
         adam.step()
     for name, weight in zip(params, weights, strict=True):
         moment = outcome.optimizer_state[f"exp_avg:{name}"]
-        torch.testing.assert_close(moment, adam.state[weight]["exp_avg"], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(moment, adam.state[weight]["exp_avg"], rtol=1e-4, atol=1e-6)
         if name != "mix.bias":  # attention ignores a key's bias: its gradient is rounding, whose sign AdamW amplifies
-            torch.testing.assert_close(outcome.params[name], weight.detach(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(outcome.params[name], weight.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_given_group_is_trained_and_inputs_stay(dp_linear_round: Round, dp_stage: Stage) -> None:
@@ -101,19 +102,16 @@ ENTRY = st.one_of(
 
 
 def clipped_sum(vectors: Tensor, clip: float, chunk: int) -> Tensor:
-    """The float64 sum that noise would be added to, by the same calls that training makes."""
+    """The sum that noise would be added to, by the same calls that training makes."""
     parameter = nn.Parameter(torch.zeros(vectors.shape[1]))
     optimizer = StreamDPOptimizer(
         torch.optim.SGD([parameter], lr=1.0), sigma=0.0, clip=clip, divisor=1.0, noise=test_noise("none")
     )
     for part in torch.split(vectors, chunk):
-        gradients = per_patient_gradients(
-            lambda params, unit: (params["w"] * unit["g"]).sum(),
-            {"w": parameter.detach()},
-            {"g": part},
-            Speed("vmap", chunk=chunk),
+        gradients, losses = raw_gradients(
+            lambda params, unit: (params["w"] * unit["g"]).sum(), {"w": parameter.detach()}, {"g": part}, "vmap"
         )
-        optimizer.accumulate(gradients, {"w": parameter})
+        optimizer.accumulate(gradients, {"w": parameter}, losses)
     total: Tensor = parameter.summed_grad  # type: ignore[attr-defined]
     return total
 
@@ -132,7 +130,39 @@ def test_zeroing_a_patient_moves_the_sum_by_at_most_the_clip(
     without = vectors.clone()
     without[who % len(rows)] = 0.0
     gap = clipped_sum(vectors, clip, chunk) - clipped_sum(without, clip, chunk)
-    assert float(gap.norm()) <= clip * (1 + 1e-6)
+    assert float(gap.norm()) <= clip
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+def test_rounding_of_many_numbers_is_inside_the_clip(chunk: int) -> None:
+    generator = torch.Generator().manual_seed(chunk)
+    rows = torch.randn(64, 5000, generator=generator) * torch.logspace(-6, 6, 64)[:, None]
+    whole = clipped_sum(rows, 1.0, chunk)
+    for who in (0, 31, 63):
+        without = rows.clone()
+        without[who] = 0.0
+        moved = float((whole - clipped_sum(without, 1.0, chunk)).norm())
+        assert moved <= 1.0
+        if who == 63:  # far above the clip: nearly all of it is used
+            assert moved >= 1.0 / (1.0 + 2.0 * chunk**2 * 2.0**-23) - 1e-4
+
+
+def test_norms_are_bounds_and_close() -> None:
+    generator = torch.Generator().manual_seed(4)
+    gradients = [torch.randn(3, 40, 70, generator=generator).mT, torch.randn(3, 5, generator=generator), torch.ones(3)]
+    true = unit_norms(gradients)
+    assert bool((norm_bounds(gradients) >= true).all())
+    assert bool((norm_bounds(gradients) <= true * (1 + 2.0**-13)).all())
+    assert norm_bounds([torch.tensor([[1e20, 1e20], [1e-30, 1e-30]])]).tolist() == [math.inf, 0.0]
+    assert norm_bounds([torch.zeros(0, 7)]).shape == (0,)
+
+
+@pytest.mark.parametrize("patients", [1, 16, 256])
+def test_factors_scale_to_just_below_the_clip(patients: int) -> None:
+    factors = clip_factors(torch.full((patients,), 8.0), 2.0)
+    assert float(factors[0]) * 8.0 < 2.0
+    assert float(factors[0]) * 8.0 == pytest.approx(2.0 / (1 + 2 * patients**2 * 2.0**-24), rel=1e-4)
+    assert clip_factors(torch.zeros(patients), 2.0).tolist() == [1.0] * patients
 
 
 def test_the_clip_is_over_all_parameters_and_leaves_small_gradients_alone(dp_stage: Stage, dp_sum: Read) -> None:
@@ -149,8 +179,8 @@ def test_the_clip_is_over_all_parameters_and_leaves_small_gradients_alone(dp_sta
         noise=test_noise("clip"),
     )
     # (3, 4) has norm 5 and becomes (0.6, 0.8); (0.3, 0.4) stays; the divisor is 2
-    assert float(dp_sum(outcome, "a")) == pytest.approx((0.6 + 0.3) / 2, rel=1e-6)
-    assert float(dp_sum(outcome, "b")) == pytest.approx((0.8 + 0.4) / 2, rel=1e-6)
+    assert float(dp_sum(outcome, "a")) == pytest.approx((0.6 + 0.3) / 2, rel=1e-4)
+    assert float(dp_sum(outcome, "b")) == pytest.approx((0.8 + 0.4) / 2, rel=1e-4)
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -257,7 +287,7 @@ def test_the_divisor_knows_no_patient(dp_linear_round: Round, dp_stage: Stage) -
 def test_more_patients_than_declared_are_drawn_like_all(dp_linear_round: Round, dp_stage: Stage, dp_sum: Read) -> None:
     stage = dp_stage(math.inf, sampling_rate=1.0)
     outcome = dp_linear_round(torch.ones(8, 1), stage=stage, n_decl=4, speed=SERIAL, noise=test_noise("more"))
-    assert float(dp_sum(outcome, "w")) == pytest.approx(2.0)
+    assert float(dp_sum(outcome, "w")) == pytest.approx(2.0, rel=1e-4)
 
 
 def test_prepare_is_called_in_chunks_and_never_for_nobody(dp_linear_round: Round, dp_stage: Stage) -> None:
@@ -452,4 +482,4 @@ def test_not_private_still_clips(dp_linear_round: Round, dp_stage: Stage, dp_sum
     stage = dp_stage(math.inf, sampling_rate=1.0, clip=1.0)
     vectors = torch.tensor([[1e6, 0.0], [float("nan"), 1.0]])
     outcome = dp_linear_round(vectors, stage=stage, n_decl=1, speed=SERIAL, noise=test_noise("open"))
-    assert dp_sum(outcome, "w").tolist() == pytest.approx([1.0, 0.0])
+    assert dp_sum(outcome, "w").tolist() == pytest.approx([1.0, 0.0], rel=1e-4)
