@@ -48,25 +48,22 @@ COVERAGE = (
         "What is true of the population rather than of one patient",
     ),
     (
-        "Interrupted rounds: charged before a record is opened",
+        "A patient of two sites: the larger epsilon is printed",
         "A patient of more than two sites, or under two names at one",
     ),
     (
-        "A patient of two sites: the larger epsilon is printed",
+        "All plans of a site together, by a lifetime ceiling for each data block",
         "Choosing the best of several studies, unless their trials are in the plan",
     ),
-    ("All plans of a site together, by a lifetime ceiling", "Ledger and mirror put back together"),
-    ("An edited or older ledger", "The sum of two others, from a peer in a cohort of three"),
-    ("One site's numbers, from a curious coordinator", "Encryption and signed answers on the network"),
-    ("Replayed, forged, changed plans and tasks", "Timing of answers"),
-    (
-        "Errors: one closed code, whatever the records hold",
-        "Noise exact to the last float bit (it lies on a public grid)",
-    ),
+    ("Interrupted rounds: charged before a record is opened", "A coordinator that adds up or samples wrongly"),
+    ("An edited or older ledger", "Ledger and mirror put back together"),
+    ("One site's numbers, from a curious coordinator", "The sum of two others, from a peer in a cohort of three"),
+    ("Replayed, forged, changed plans and tasks", "Encryption and signed answers on the network"),
+    ("Errors: one closed code, whatever the records hold", "Timing of answers"),
+    ("Seeds: noise comes from the operating system", "Noise exact to the last float bit (it lies on a public grid)"),
     ("A study without noise says *not private* everywhere", "A study without noise protects nobody"),
-    ("Seeds: noise comes from the operating system", ""),
 )
-NOT_COVERED = tuple(right for _, right in COVERAGE if right)
+NOT_COVERED = tuple(right for _, right in COVERAGE)
 FALSE_ALARMS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.5)
 
 

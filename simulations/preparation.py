@@ -50,7 +50,7 @@ def make_sites(scenario: Scenario, schema: Schema, sites_dir: Path) -> None:
         ValueError: the data set is not there.
     """
     config = scenario.hospitals
-    rules = _site_policy(scenario)
+    rules = site_policy(scenario)
     match config.preset:
         case "demo" | "two-owners":
             specs = hospitals.demo_hospitals() if config.preset == "demo" else hospitals.two_owner_hospitals()
@@ -169,7 +169,7 @@ def _facts(
     )
 
 
-def _site_policy(scenario: Scenario) -> hospitals.SitePolicy:
+def site_policy(scenario: Scenario) -> hospitals.SitePolicy:
     """What the simulated hospitals admit: this study once, and the test switch only where the study uses it."""
     epsilon = scenario.study.privacy.epsilon
     return hospitals.SitePolicy(
