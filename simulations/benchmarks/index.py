@@ -22,6 +22,7 @@ STANDS_ALONE: Mapping[str, str] = {
     "accounting": "epsilon of fifty random schedules against an independent composition; time of a query",
     "canaries": "how much of a promise 50,000 canaries an arm show: lower bounds on epsilon beside what was promised",
     "frontier": "utility against epsilon, and one factor at a time around epsilon 8; goes on beside --json after an interruption",
+    "shared-noise": "noise that sites share against full noise at each site: error, price, time (a prototype)",
 }
 
 
@@ -95,5 +96,9 @@ def _stand_alone(name: str, json: Path | None) -> BenchResult:
             from simulations.benchmarks import frontier
 
             return frontier.run(json)
+        case "shared-noise":
+            from simulations.benchmarks import shared_noise
+
+            return shared_noise.run()
         case _:
             raise ValueError(f"benchmark {name!r} is listed and has no case here")
