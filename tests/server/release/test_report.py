@@ -17,6 +17,9 @@ import pytest
 from PIL import Image
 
 from privacy.audit.gates import GatePolicy
+from privacy.audit.tradeoff import tpr_cap, tpr_cap_gdp
+from privacy.plan import DPPlan, TrainingStage
+from privacy.trials import repeated
 from server.release.evidence import AttackCounts, Evidence, Promise
 from server.release.figures import contact_sheet
 from server.release.render import render_html
@@ -135,6 +138,53 @@ def test_report_holds_the_intervals_and_the_ceiling(evidence_with_images: Case) 
     assert loss["epsilon_lower_bound"] <= loss["power_ceiling"]
     assert "Gaussian" in loss["gaussian"]["label"]
     assert report["derived"]["caps"]["tpr"][0]["tpr"] == pytest.approx(0.256, abs=0.005)
+
+
+def test_the_promise_is_that_of_the_plan_and_bounds_every_attack(evidence_factory: Make) -> None:
+    core = TrainingStage(name="core", sampling_rate=0.15, steps=10, rounds=4, clip=1.0)
+    plan = repeated(DPPlan(stages=(core,), delta=1e-5), 2).calibrate(8.0)
+    words = plan.statement()
+    report = build_report(evidence_factory(promise=Promise.from_statement(words)), POLICY)
+    caps = report["derived"]["caps"]
+    exact = {point["fpr"]: point["tpr"] for point in words["trade_off"]["points"]}
+    assert all(point["tpr"] == pytest.approx(exact[point["fpr"]]) for point in caps["tpr"])
+    assert caps["auc"] == pytest.approx(words["trade_off"]["auc"])
+    assert caps["tpr"][0]["tpr"] < float(tpr_cap_gdp([0.01], plan.mu)[0])  # the curve, not the Gaussian above it
+    curve = np.array([(point["fpr"], point["tpr"]) for point in caps["curve"]])
+    assert (np.diff(curve, axis=0) >= 0).all()
+    assert curve[-1].tolist() == [1.0, 1.0]
+    text = Page(render_html(report, {})).text
+    for shown in (
+        f"{words['epsilon']:.2f}, 1e-5, {words['mu']:.2f}",
+        f"PRV {words['epsilon_prv']:.2f} : agrees within 0.02",
+        f"epsilon {words['epsilon_rdp']:.2f} , the kind",
+        "2 of every training step, the best one kept; all are charged",
+        f"Area under it: {caps['auc']:.3f}",
+        *words["not_covered"],
+    ):
+        assert re.sub(r"\s+", "", shown) in re.sub(r"\s+", "", text), shown
+
+
+def test_a_promise_without_its_profile_bounds_attacks_by_its_epsilon_alone(
+    evidence_factory: Make, promise_factory: Callable[..., Promise]
+) -> None:
+    bare = promise_factory().model_copy(update={"profile": (), "epsilon_check": None, "check_text": "not asked: x"})
+    report = build_report(evidence_factory(promise=bare), POLICY)
+    caps = report["derived"]["caps"]
+    assert caps["auc"] is None
+    assert caps["tpr"][0]["tpr"] == pytest.approx(float(tpr_cap([0.01], bare.epsilon, bare.delta)[0]))
+    text = Page(render_html(report, {})).text
+    assert "the profile did not come with the evidence" in text
+    assert "not asked: x" in text
+
+
+def test_a_spend_that_may_be_larger_says_how_large_at_most(evidence_factory: Make) -> None:
+    sites = evidence_factory().sites
+    told = sites[0].model_copy(update={"epsilon_at_most": 7.77})
+    known = sites[1].model_copy(update={"epsilon_at_most": sites[1].epsilon_spent})
+    text = Page(render_html(build_report(evidence_factory(sites=(told, known)), POLICY), {})).text
+    assert text.count("at most 7.77") == 1
+    assert len(re.findall(r"\d, at most", text)) == 1
 
 
 def test_a_study_without_privacy_says_so(evidence_factory: Make, promise_factory: Callable[..., Promise]) -> None:
