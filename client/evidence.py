@@ -54,7 +54,7 @@ def audit(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: Uncovered
     Raises:
         Refused: ``PARTS_MISSING`` or ``BAD_MESSAGE`` if the cohort is not what its manifest says.
     """
-    torch.set_num_threads(config.speed.threads)
+    torch.set_num_threads(config.speed.threads or 1)
     model = model_of(config.folder, plan, task)
     records = read_records(config, plan, model, token)
     cohort = read_cohort(config, plan, task, model, token)

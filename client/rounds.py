@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from client.enrolment import load_keys
 from client.policy import SiteConfig, dp_plan
 from client.records.load import Records, load
 from client.sitemodel import model_of
+from client.speed import speed_for
 from medgen_models.adapters import group_of
 from medgen_models.assembly import StudyModel
 from medgen_models.flow import draw, make_unit_loss, make_units
@@ -31,7 +32,7 @@ from privacy.boundary.messages import RoundTask
 from privacy.boundary.plan import StudyPlan
 from privacy.boundary.refusals import Refused
 from privacy.chain import canonical, write_durably
-from privacy.gradients import Speed, UnitLoss, probe
+from privacy.gradients import UnitLoss, probe
 from privacy.ledger import AccessToken, DpToken
 from privacy.marginals import bounded_mean_sum, noisy_marginals
 from privacy.noise import NoiseSource, system_noise, test_noise
@@ -40,11 +41,12 @@ from privacy.training import Prepare, train_round
 
 Vectors = dict[str, NDArray[np.float64]]
 PROBED = 3  # made-up patients on whom gradients are proved
+MADE_UP_SEED = 20_261  # of made-up patients: public, and apart from the noise
 
 
 def compute(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken) -> tuple[Vectors, float]:
     """The site's numbers for one round, by group, and the grid step that they are to be rounded to."""
-    torch.set_num_threads(config.speed.threads)
+    torch.set_num_threads(config.speed.threads or 1)
     noise = noise_for(config, plan, task)
     match task.stage:
         case "marginals":
@@ -131,10 +133,12 @@ def _train_core(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpT
         noise_draws = draw(model.layout, part.present_BVI, part.visit_BV, flow, generator)
         return {**part.as_dict(), **noise_draws}
 
-    made_up = model.made_up_patients(PROBED, noise.torch_generator())
-    fakes = make_units(made_up, model.layout, flow, noise.torch_generator())
+    def made_up(patients: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(MADE_UP_SEED)
+        return make_units(model.made_up_patients(patients, generator), model.layout, flow, generator)
+
     unit_loss = make_unit_loss(model.core, flow)
-    after = _train(config, plan, task, stage, params, unit_loss, len(tokens), prepare, noise, fakes, (model.core,))
+    after = _train(config, plan, task, stage, params, unit_loss, len(tokens), prepare, noise, made_up, (model.core,))
     return changes(params, after, plan.weight(config.site.name), groups)
 
 
@@ -150,10 +154,14 @@ def _train_codecs(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: D
         return model.bank.vae_units(records.members.select(rows), slots, generator)
 
     unit_loss = model.bank.make_vae_loss(slots)
-    stage, generator = _training(plan, "codec"), noise.torch_generator()
-    made_up = model.bank.decode_batch(model.made_up_patients(PROBED, generator), ("a", "b", "c"))
-    fakes = model.bank.vae_units(made_up, slots, generator)
-    after = _train(config, plan, task, stage, params, unit_loss, len(records.members), prepare, noise, fakes)
+    stage = _training(plan, "codec")
+
+    def made_up(patients: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(MADE_UP_SEED)
+        tokens = model.made_up_patients(patients, generator)
+        return model.bank.vae_units(model.bank.decode_batch(tokens, tuple(map(str, range(patients)))), slots, generator)
+
+    after = _train(config, plan, task, stage, params, unit_loss, len(records.members), prepare, noise, made_up)
     return changes(params, after, plan.weight(config.site.name), groups)
 
 
@@ -184,13 +192,14 @@ def _train(
     patients: int,
     prepare: Prepare,
     noise: NoiseSource,
-    probe_units: Mapping[str, Tensor],
+    made_up: Callable[[int], dict[str, Tensor]],
     modules: tuple[torch.nn.Module, ...] = (),
 ) -> Mapping[str, Tensor]:
     """One round through the privacy room; the optimizer's state, made of noised numbers, stays on site between rounds."""
     if not params:
         return {}
-    prove(config, task, unit_loss, params, probe_units, modules)
+    prove(config, task, unit_loss, params, made_up(PROBED), modules)
+    speed = speed_for(config, plan, task, unit_loss, params, made_up)
     learning_rate = plan.codec.learning_rate if task.stage == "codec" and plan.codec else plan.training.learning_rate
     state = _state_path(config, task, task.round - 1)
     outcome = train_round(
@@ -201,7 +210,7 @@ def _train(
         stage=stage,
         n_decl=plan.roster[config.site.name].n_decl,
         learning_rate=learning_rate * anneal(task.round, stage.rounds),
-        speed=Speed(engine=config.speed.engine, chunk=config.speed.chunk, threads=config.speed.threads),
+        speed=speed,
         noise=noise,
         optimizer_state=load_file(state) if state.is_file() else None,
     )

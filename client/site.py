@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from client.records.config import DataConfig
 from privacy.book import Head
@@ -15,6 +15,7 @@ from privacy.boundary.refusals import LedgerError, Refused
 from privacy.chain import ChainFile
 from privacy.ledger import EVERYONE, Ledger
 from privacy.plan import Ceilings
+from privacy.speed import REFUSED
 
 Epsilon = Annotated[float, Field(gt=0.0, allow_inf_nan=True)]
 Key = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
@@ -87,14 +88,24 @@ class SpeedSection(_Frozen):
     """``[speed]``: how private steps are computed; it cannot change what is promised.
 
     Attributes:
-        engine: per-patient gradients by whole-model vectorising, or by a loop (least memory).
-        chunk: patients per physical batch. threads: CPU threads; runs on other backends that set the same number are
-            bit-identical under the test switch.
+        engine: how per-patient gradients are taken; ``measured`` runs a short trial on made-up patients before the first
+            step of a study and keeps its result.
+        chunk: patients per physical batch, where the engine is not measured.
+        threads: CPU threads; left out, the trial chooses them. Runs on other backends that set engine, chunk and threads
+            alike are bit-identical under the test switch.
     """
 
-    engine: Literal["vmap", "loop"] = "vmap"
+    engine: Literal["measured", "expand", "vmap", "loop"] = "measured"
     chunk: int = Field(default=16, ge=1)
-    threads: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _refuse(cls, value: object) -> object:
+        """What Opacus offers beside these is refused with the reason, not as a typing slip."""
+        if isinstance(value, str) and value in REFUSED:
+            raise ValueError(f"{value!r} is not offered: {REFUSED[value]}; use 'measured'")
+        return value
 
 
 class SiteConfig(_Frozen):

@@ -20,16 +20,13 @@ Not covered
     * That a loss deserves the name: coupling through hidden state, wrong layouts and mutated buffers are what
       :mod:`privacy.probe` looks for.
     * Engines differ by rounding (about 1e-7): one run keeps one engine. What Opacus offers beside these is refused with the
-      reason: :data:`REFUSED`.
+      reason: :data:`privacy.speed.REFUSED`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Literal, get_args
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +46,7 @@ from privacy.engines import (
     vmap_gradients,
 )
 from privacy.probe import GradientProbeError, ProbeReport, probe, probe_hooks
+from privacy.speed import FREE_ENGINES, REFUSED, Engine, Speed, checked_engine
 
 __all__ = [
     "FREE_ENGINES",
@@ -73,55 +71,6 @@ __all__ = [
     "silence_nonfinite",
     "unit_norms",
 ]
-
-Engine = Literal["expand", "vmap", "loop", "hooks"]
-FREE_ENGINES: tuple[Engine, ...] = ("expand", "vmap", "loop")
-"""Engines that need no proof beside the probe."""
-
-REFUSED: Mapping[str, str] = MappingProxyType(
-    {
-        "ghost": "with a loss of shape (B, 1) it does not clip at all, and it inherits the wrong norms of convolutions on "
-        "channels-last input",
-        "ew": "expanded weights fail on attention, embeddings and transposed convolutions, and on empty batches",
-        "functorch": "it reads the first input of a layer alone and fails on empty batches; 'vmap' does the same for the "
-        "whole model",
-        "adaptive": "adaptive clipping divides by the private batch size and resets its counters at every chunk",
-        "gdp": "the central-limit accountant underestimates (4.70 for 6.22)",
-    }
-)
-"""What Opacus offers and this project does not, with the reason (each measured with Opacus 1.6.0)."""
-
-
-def checked_engine(name: str) -> Engine:
-    """The engine of that name.
-
-    Raises:
-        ValueError: there is none; what Opacus calls so is refused with the reason.
-    """
-    if name in get_args(Engine):
-        return name  # type: ignore[return-value]  # it is one of the literals
-    why = f": {REFUSED[name]}" if name in REFUSED else ""
-    raise ValueError(f"Expected engine expand, vmap, loop or hooks, got {name!r}{why}; use 'expand', 'vmap' or 'loop'")
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """How fast, never how private: no field here can change the guarantee.
-
-    Attributes:
-        engine: which gradient engine; a run keeps one.
-        chunk: patients whose gradients are held at once.
-        threads: torch threads the measurement ran with; the caller sets them.
-    """
-
-    engine: Engine = "expand"
-    chunk: int = 16
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        checked_engine(self.engine)
-        if self.chunk < 1 or self.threads < 1:
-            raise ValueError(f"Expected chunk={self.chunk} >= 1 and threads={self.threads} >= 1")
 
 
 def chunks(units: Units, size: int) -> Iterator[dict[str, Tensor]]:
@@ -200,11 +149,15 @@ def measure_speed(
     engines: Sequence[Engine] = FREE_ENGINES,
     chunk_sizes: Sequence[int] = (2, 4, 8, 16),
     repeats: int = 2,
-) -> Speed:
-    """The fastest engine and chunk on these units, which are public data: a short trial, written down once.
+) -> tuple[float, Speed]:
+    """Engine and chunk for this loss by a short trial on these units, which are public data; to be written down once.
 
-    Every trial handles all units and reduces them as a step would; the best of ``repeats`` counts. An engine that cannot
+    Every trial handles all units and takes their norms as a step would; the best of ``repeats`` counts. Of all trials within
+    five per cent of the fastest the one with the smallest chunk is taken: it needs the least memory. An engine that cannot
     run this loss is left out.
+
+    Returns:
+        Seconds for all units, and the settings.
 
     Raises:
         ValueError: there is no unit, or no engine can run the loss.
@@ -221,14 +174,14 @@ def measure_speed(
         for size in sizes:
             speed = Speed(engine, size, torch.get_num_threads())
             try:
-                seconds = min(_trial(unit_loss, params, units, speed) for _ in range(repeats))
+                found.append((min(_trial(unit_loss, params, units, speed) for _ in range(repeats)), speed))
             except (RuntimeError, NotImplementedError) as error:
                 failed.append(f"{engine}: {str(error)[:100]}")
                 break
-            found.append((seconds, speed))
     if not found:
         raise ValueError(f"no engine can differentiate this loss per patient: {'; '.join(failed)}; see the probe")
-    return min(found, key=lambda entry: entry[0])[1]
+    fastest = min(seconds for seconds, _ in found)
+    return min((entry for entry in found if entry[0] <= 1.05 * fastest), key=lambda entry: entry[1].chunk)
 
 
 def _trial(unit_loss: UnitLoss, params: Params, units: Units, speed: Speed) -> float:

@@ -7,7 +7,7 @@ Covered
     * The arithmetic of Opacus 1.6: module wrapper, optimizer, noise and divisor, in the modes ``hooks``, ``functorch``, ``ghost``.
 
 Not covered
-    * Any guarantee: see ``docs/sharp-edges.md`` for what each mode gets wrong, and why :data:`privacy.gradients.REFUSED`.
+    * Any guarantee: see ``docs/sharp-edges.md`` for what each mode gets wrong, and why :data:`privacy.speed.REFUSED`.
 """
 
 from __future__ import annotations

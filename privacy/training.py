@@ -117,7 +117,7 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
         if self._total is None:
             device = self.params[0].device
             self._total = torch.zeros(sum(p.numel() for p in self.params), dtype=torch.float64, device=device)
-            pieces = self._total.split([p.numel() for p in self.params])
+            pieces = torch.split(self._total, [p.numel() for p in self.params])
             for parameter, piece in zip(self.params, pieces, strict=True):
                 parameter.summed_grad = piece.view(parameter.shape)
         return [parameter.summed_grad for parameter in self.params]
@@ -127,7 +127,7 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
         self._sums()
         assert self._total is not None  # just made
         std = self.noise_multiplier * self.max_grad_norm
-        for part in self._total.split(BLOCK_VALUES):
+        for part in torch.split(self._total, BLOCK_VALUES):
             part.add_(self._noise.gaussian(part.shape, std, dtype=torch.float64).to(part.device))
             part.copy_(to_grid(part, std))
 

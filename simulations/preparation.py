@@ -190,7 +190,7 @@ def _write_site(site: Path, tables: dict[str, dict[str, object]], rules: hospita
         "uncovered_queries": rules.uncovered_queries,
     }
     switches = {"min_contributors": rules.min_contributors, "deterministic_noise": rules.deterministic_noise}
-    body = tomli_w.dumps({**tables, "ceiling": ceiling, "policy": switches})
+    body = tomli_w.dumps({**tables, "ceiling": ceiling, "policy": switches, "speed": {"threads": 1}})
     (site / "site.toml").write_text(body, encoding="utf-8")
 
 

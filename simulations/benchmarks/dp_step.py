@@ -101,7 +101,7 @@ def private_step(net: Network, units: Units, speed: Speed) -> Step:
 def _case(case: Case, patients: int, draws: int, repeats: int) -> list[Row]:
     net = network(case)
     units = net.make_units(patients, draws)
-    speed = measure_speed(net.unit_loss, net.params, units)
+    _, speed = measure_speed(net.unit_loss, net.params, units)
     methods: dict[str, Callable[[], Step]] = {
         "plain": lambda: plain_step(net, units),
         "ours": lambda: private_step(net, units, speed),
