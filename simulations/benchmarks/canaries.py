@@ -20,12 +20,11 @@ DELTA = 1e-5
 
 
 class Audited(NamedTuple):
-    """A plan of one round: its epsilon, rate and steps, and whether its mechanism is Gaussian-like enough for a bar."""
+    """A plan of one round: its epsilon, rate and steps."""
 
     epsilon: float
     sampling_rate: float
     steps: int
-    gaussian_like: bool = True
 
     @property
     def words(self) -> str:
@@ -38,7 +37,7 @@ PLANS = (
     Audited(8.0, 1.0, 1),
     Audited(4.0, 0.25, 20),
     Audited(8.0, 0.5, 10),
-    Audited(8.0, 0.15, 48, gaussian_like=False),
+    Audited(8.0, 0.15, 48),
 )
 
 
@@ -71,8 +70,6 @@ def _rows(plan: Audited, found: CanaryResult) -> list[Row]:
     return [
         Row.at_least(shown, any_share, BAR, peers=any_peers | trials),
         Row.at_most(f"{plan.words}: the same may not pass the promise (level 0.001)", any_share, 1.0),
-        Row.at_least(gaussian, gaussian_share, BAR, peers=gaussian_peers)
-        if plan.gaussian_like
-        else Row(measure=f"{gaussian}; no bar, at this rate it is not", value=gaussian_share, peers=gaussian_peers),
+        Row.at_least(gaussian, gaussian_share, BAR, peers=gaussian_peers),
         Row.at_most(f"{plan.words}: the Gaussian bound may not pass the promise either", gaussian_share, 1.0),
     ]
