@@ -134,7 +134,7 @@ def exp_bounds(numerator: int, denominator: int, digits: int) -> tuple[Fraction,
         return Fraction(0), Fraction(1, 10**digits)
     with decimal.localcontext(_context(digits)):
         value = Fraction((-(decimal.Decimal(numerator) / denominator)).exp())
-    return value - Fraction(1, 10**digits), value + Fraction(1, 10**digits)
+    return max(Fraction(0), value - Fraction(1, 10**digits)), value + Fraction(1, 10**digits)
 
 
 def edge_bounds(block: int, digits: int) -> tuple[Fraction, Fraction]:

@@ -122,7 +122,7 @@ class SharedNoise:
         return self.share_std * math.sqrt(self.shares / self.sensitivity_squared)
 
     def epsilon(self, delta: float, releases: int = 1, known: int = 0) -> float:
-        """Epsilon of so many releases towards somebody who knows ``known`` of the honest shares.
+        """Epsilon of so many releases, spent attempts included, towards somebody who knows ``known`` honest shares.
 
         Raises:
             ValueError: delta outside (0, 1), releases below 1, or no share is left unknown.

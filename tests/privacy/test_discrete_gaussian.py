@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
@@ -131,6 +131,8 @@ def test_edges_are_the_cumulative_weights() -> None:
 
 
 @given(st.integers(0, 2**62), st.integers(1, 2**56))
+@example(91, 1)
+@example(2**62, 1)
 @settings(deadline=None, max_examples=60)
 def test_bounds_of_the_exponential_hold_and_are_nested(numerator: int, denominator: int) -> None:
     low, high = exp_bounds(numerator, denominator, 30)
