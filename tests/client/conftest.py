@@ -252,8 +252,8 @@ class Spy:
 
         def noised(values: Any, sensitivity: float, sigma: float, noise: Any) -> Any:
             stage = declared().query(self._request.split()[0])
-            if sigma != stage.sigma or not math.isclose(sensitivity, stage.sensitivity, rel_tol=1e-12):
-                self.note(f"noise of sigma {sigma} and sensitivity {sensitivity} is not that of the plan")
+            if not math.isclose(sigma * sensitivity, stage.noise_std, rel_tol=1e-12):
+                self.note(f"noise of deviation {sigma * sensitivity:g} is not the plan's {stage.noise_std:g}")
             found = real(values, sensitivity, sigma, noise)
             self._released.append(np.ravel(found))
             return found
