@@ -42,7 +42,8 @@ from scipy.special import log_ndtr
 
 Relation = Literal["zero-out", "replace-one"]
 
-FINEST_GRID, COARSEST_GRID = 1e-5, 1e-3  # spacing of the privacy loss grid
+GRIDS = (1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5, 5e-6, 2e-6, 1e-6)  # spacings of the privacy loss grid
+MOST_CELLS = 500_000  # of one release; beyond, a coarser grid overstates a little rather than take a minute
 MU_DELTA = 1e-9  # the profile is dominated down to this delta
 MU_CEILING = 1e3
 AGREEMENT = 0.02  # most that two accountants may differ; PRV alone reports about 0.01 above
@@ -178,12 +179,19 @@ def _grid(segments: tuple[Segment, ...]) -> float:
 
     Rounding a loss to a grid of spacing g adds a variance of at most g²/4 per release. With
     v = q²(exp(1/sigma²) - 1), the chi-square divergence of one release and about the variance of its loss, the
-    spacing keeps the added variance below 0.1 % of the sum.
+    spacing keeps the added variance below 0.1 % of the sum, unless a single loss would need too many cells.
     """
     releases = sum(s.releases if s.sampling_rate < 1 else 1 for s in segments)
     variance = sum(s.releases * s.sampling_rate**2 * math.expm1(min(50.0, s.sigma**-2)) for s in segments)
-    wanted = math.sqrt(0.004 * variance / releases)
-    return next((g for g in (1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5) if g <= wanted), FINEST_GRID)
+    wanted = max(math.sqrt(0.004 * variance / releases), max(map(_largest_loss, segments)) / MOST_CELLS)
+    return next((g for g in GRIDS if g <= wanted), GRIDS[-1])
+
+
+def _largest_loss(segment: Segment) -> float:
+    """Loss of one release, or of all unsampled ones together, at ten standard deviations."""
+    shift = (1.0 if segment.sampling_rate < 1 else math.sqrt(segment.releases)) / segment.sigma
+    ratio = shift**2 / 2 + 10 * shift
+    return math.log1p(segment.sampling_rate * math.expm1(ratio)) if ratio < 700 else ratio
 
 
 @functools.lru_cache(maxsize=512)

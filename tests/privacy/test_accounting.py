@@ -106,8 +106,15 @@ def test_never_the_central_limit_value() -> None:
 
 
 def test_small_losses_get_a_fine_grid() -> None:
-    # on the coarsest grid this event would cost three times as much (0.0857 instead of 0.0274)
-    assert accounting.epsilon(gaussian_event(10.0, 0.001, 10_000), 1e-5) == pytest.approx(0.02736, rel=0.01)
+    # on the coarsest grid this event would cost three times as much (0.0857 instead of 0.0273)
+    assert accounting.epsilon(gaussian_event(10.0, 0.001, 10_000), 1e-5) == pytest.approx(0.02734, rel=0.002)
+    # the smallest losses of all; an independent composition brackets it by 0.01249 and 0.01256
+    assert accounting.epsilon(gaussian_event(20.0, 1e-4, 1_000_000), 1e-5) == pytest.approx(0.01252, rel=0.01)
+
+
+def test_a_rare_large_loss_is_not_asked_of_the_finest_grid() -> None:
+    # one release in a million with losses up to 8: a grid of 1e-6 would have millions of cells
+    assert accounting._grid(accounting.segments_of(gaussian_event(0.5, 1e-6))) >= 1e-5
 
 
 @pytest.mark.parametrize("relation", ["zero-out", "replace-one"])
