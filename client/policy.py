@@ -124,7 +124,7 @@ def approve(site_dir: Path, plan_bytes: bytes, signature: bytes, *, by: str = "o
     check_roster(config, plan)
     promise = dp_plan(plan)
     try:
-        promise.cross_check()  # with this site's own libraries: nobody else's word is taken for it
+        check = promise.cross_check()  # with this site's own libraries: nobody else's word is taken for it
     except AccountantsDisagree as error:
         raise Refused("BAD_PLAN", f"dp: {error}") from error
     with config.open_ledger() as ledger:
@@ -146,6 +146,7 @@ def approve(site_dir: Path, plan_bytes: bytes, signature: bytes, *, by: str = "o
         "site": config.site.name,
         "epsilon": "inf" if epsilon == float("inf") else epsilon,
         "delta": promise.delta,
+        "cross_check": check.note,
         "uncovered_cap": plan.audit.cap,
         "blocks": list(config.blocks),
         "block_column": config.data.block_column if config.data.blocks else "",

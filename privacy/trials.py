@@ -17,7 +17,8 @@ Covered
 
 Not covered
     * How the best run is told from the others: on public data it is free; on private data it is a query of its own.
-    * Runs of *other* plans: each plan is reserved by itself, and the ledger's lifetime filter adds them up.
+    * Runs of *other* plans: each plan is reserved by itself, and the ledger's lifetime filter adds them up. That is how a
+      consortium tries several settings with this version: the coordinator runs one trial of a plan and plans one.
 """
 
 from __future__ import annotations

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import dp_accounting
 import pytest
 from pydantic import ValidationError
 
 from privacy import accounting
-from privacy.plan import DPPlan, QueryStage, TrainingStage
+from privacy.boundary.refusals import Refused
+from privacy.ledger import Ledger
+from privacy.plan import Ceilings, DPPlan, QueryStage, TrainingStage
 from privacy.trials import epsilon_random_stopping, repeated, rounds_of, selection_cost
 
 RUN = accounting.gaussian_event(1.0, 0.02, 1000)
@@ -96,6 +99,24 @@ def test_every_trial_has_its_own_rounds() -> None:
         rounds_of(plan, "marginals", 0)
     with pytest.raises(ValueError, match="3 trials already"):
         repeated(plan, 2)
+
+
+def test_a_ledger_reserves_all_trials_and_gives_each_its_rounds_once(tmp_path: Path) -> None:
+    plan = repeated(one_trial(), 2).calibrate(8.0)
+    name = plan.digest()
+    with Ledger.open(tmp_path / "ledger.sqlite", "north") as ledger:
+        ceilings = Ceilings(plan_epsilon=8.0, lifetime_epsilon=12.0, delta=1e-5)
+        assert ledger.reserve(name, plan, ceilings, 200) == plan.epsilon
+        ledger.intend(name, "marginals", 0, "0" * 64)
+        spent = []
+        for trial in range(2):
+            for number in rounds_of(plan, "core", trial):
+                ledger.intend(name, "core", number, f"{number + 1:064x}")
+            spent.append(ledger.summary().plans[0].spent_epsilon)
+        with pytest.raises(Refused, match="round 8"):
+            ledger.intend(name, "core", 8, "f" * 64)
+    assert 0 < spent[0] < spent[1] < plan.epsilon
+    assert spent[1] == pytest.approx(plan.epsilon_after({"marginals": 1, "core": 8}))
 
 
 def test_trials_are_part_of_the_promise() -> None:
