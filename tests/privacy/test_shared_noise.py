@@ -138,6 +138,15 @@ def test_epsilon_falls_with_noise_and_rises_with_releases_and_known_shares(
     assert one.epsilon(1e-6, releases) >= base
 
 
+def test_four_releases_at_twice_the_noise_cost_one_release() -> None:
+    one = dataclasses.replace(SMALL, share_std=2000).epsilon(1e-5)
+    assert dataclasses.replace(SMALL, share_std=4000).epsilon(1e-5, releases=4) == pytest.approx(one, rel=1e-12)
+    # three shares of parameter s are noise sqrt(3) s, and one of them known leaves sqrt(2) s
+    assert SMALL.shares == 3
+    wider = dataclasses.replace(SMALL, share_std=round(2000 * math.sqrt(1.5)))
+    assert wider.epsilon(1e-5, known=1) == pytest.approx(one, rel=1e-3)
+
+
 def test_zero_noise_is_infinite_epsilon_on_the_same_path() -> None:
     open_case = calibrate(SMALL, math.inf, 1e-5, 10)
     assert open_case.share_std == 0
