@@ -6,6 +6,7 @@ first byte leaves; whatever goes wrong is written to the site's own log and leav
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import traceback
@@ -181,9 +182,12 @@ class SiteAgent:
 
     def _note(self, text: str) -> None:
         """Write to the site's own log; it never leaves, and may name files, so nobody else may read it."""
-        handle = os.open(self._folder / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(handle, "a", encoding="utf-8") as log:
-            log.write(f"{now_utc()} {text}\n")
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk has no room for the note, and the refusal must leave all the same
+            handle = os.open(self._folder / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with os.fdopen(handle, "a", encoding="utf-8") as log:
+                log.write(f"{now_utc()} {text}\n")
 
 
 def task_cohorts(plan: StudyPlan, stage: str, digest: str, invited: tuple[str, ...]) -> list[Cohort]:
