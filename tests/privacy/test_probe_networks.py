@@ -1,9 +1,10 @@
-"""Every shipped network passes the probe, and each engine equals the loop: any layout, 1 or 3 draws, 0, 1 or 3 patients."""
+"""Every shipped network: it passes the probe, every engine equals the loop, and one patient moves what one patient may."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -20,8 +21,11 @@ from medgen_models.layout import Layout
 from medgen_models.schema import Column, Instance, PatientBatch, Schema, Slot
 from medgen_models.tokens import TokenBatch
 from privacy.engines import UnitLoss
-from privacy.gradients import Speed, per_patient_gradients
+from privacy.gradients import Speed, per_patient_gradients, raw_gradients
+from privacy.noise import test_noise
+from privacy.plan import TrainingStage
 from privacy.probe import GradientProbeError, Vectorised, memory_layouts, probe
+from privacy.training import train_round
 from simulations.phantom_schema import demo_schema
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -242,6 +246,78 @@ def test_a_shipped_network_passes_and_every_engine_equals_the_loop(name: str, dr
                 }
                 if patients:
                     assert whole_error(found, {key: value[:patients] for key, value in wanted.items()}) <= LARGEST_ERROR
+
+
+def with_second(units: Units, change: Callable[[Tensor], Tensor]) -> Units:
+    """The units with every floating-point number of the second patient changed."""
+    return {
+        name: torch.stack([value[0], change(value[1]), value[2]]) if value.is_floating_point() else value
+        for name, value in units.items()
+    }
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda value: value,
+    "empty": torch.zeros_like,
+    "huge": lambda value: torch.full_like(value, 1e30),
+    "infinite": lambda value: torch.full_like(value, math.inf),
+    "not a number": lambda value: torch.full_like(value, math.nan),
+    "scaled": lambda value: value * -7.0,
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_whatever_one_patient_holds_every_other_gradient_stays_bit_for_bit(name: str) -> None:
+    """The sensitivity argument of the clip rests on this: only one row of a chunk depends on one patient."""
+    case = CASES[name]()
+    units = case.units(1)
+    for engine in (*vectorised(name, 1), "loop"):
+        before, _ = raw_gradients(case.loss, case.params, units, engine)
+        for change in CHANGES.values():
+            after, _ = raw_gradients(case.loss, case.params, with_second(units, change), engine)
+            for key, value in before.items():
+                assert torch.equal(value[[0, 2]], after[key][[0, 2]])
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_one_patient_moves_the_sum_of_a_network_by_at_most_the_clip(
+    name: str, dp_stage: Callable[..., TrainingStage]
+) -> None:
+    """Through the real round, all slots and draws of a patient holding anything, against a patient who contributes zero."""
+    case, clip = CASES[name](), 1e-3
+    units = case.units(3)
+
+    def summed(given: Units) -> Tensor:
+        outcome = train_round(
+            params=case.params,
+            unit_loss=case.loss,
+            patients=3,
+            prepare=lambda rows, generator: {key: value[rows] for key, value in given.items()},
+            stage=dp_stage(math.inf, sampling_rate=1.0, clip=clip),
+            n_decl=1,
+            learning_rate=1e-3,
+            speed=Speed(vectorised(name, 3)[0], chunk=2),
+            noise=test_noise("none"),
+        )
+        assert set(outcome.params) == set(case.params)
+        moments = [outcome.optimizer_state[f"exp_avg:{key}"].double().flatten() for key in sorted(case.params)]
+        return torch.cat(moments) / 0.1
+
+    without = summed(with_second(units, CHANGES["not a number"]))  # contributes exactly zero, as a null patient does
+    gaps = {what: float((summed(with_second(units, change)) - without).norm()) for what, change in CHANGES.items()}
+    assert max(gaps.values()) <= clip * (1 + 1e-6), gaps
+    assert gaps["as it is"] > 0.9 * clip  # these gradients are longer than the clip
+
+
+def test_a_private_forward_leaves_every_buffer_as_it_was() -> None:
+    """What is not a trained parameter may not change, or it would leave without noise."""
+    for name, make in CASES.items():
+        case = make()
+        before = {key: value.clone() for key, value in case.net.state_dict().items()}
+        raw_gradients(case.loss, case.params, case.units(1), vectorised(name, 1)[0])
+        after = case.net.state_dict()
+        assert set(after) == set(before)
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 def vectorised(name: str, draws: int) -> tuple[Vectorised, ...]:
