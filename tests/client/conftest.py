@@ -137,6 +137,7 @@ def wall_propose(
 # -- a spy on private data ---------------------------------------------------------------------------------------------
 
 STAGES: dict[str, str] = {
+    "statistics": "DpToken",
     "marginals": "DpToken",
     "recentre": "DpToken",
     "prototypes": "DpToken",
@@ -177,7 +178,8 @@ class Spy:
 
     stages = STAGES
 
-    def __init__(self) -> None:
+    def __init__(self, promise: DPPlan) -> None:
+        self.promise = promise
         self.readings: list[Reading] = []
         self.files: set[str] = set()
         self.problems: list[str] = []
@@ -247,11 +249,11 @@ class Spy:
         if row is None or row.kind != ROWS[kind] or row.data().get("digest", "") != getattr(token, "digest", ""):
             self.note(f"the row of its {kind} is not on disk")
 
-    def mechanism(self, real: Callable[..., Any], declared: Callable[[], Any]) -> Callable[..., Any]:
+    def mechanism(self, real: Callable[..., Any]) -> Callable[..., Any]:
         """The Gaussian mechanism; its results may leave if its noise is that of the plan's stage."""
 
         def noised(values: Any, sensitivity: float, sigma: float, noise: Any) -> Any:
-            stage = declared().query(self._request.split()[0])
+            stage = self.promise.query(self._request.split()[0])
             if not math.isclose(sigma * sensitivity, stage.noise_std, rel_tol=1e-12):
                 self.note(f"noise of deviation {sigma * sensitivity:g} is not the plan's {stage.noise_std:g}")
             found = real(values, sensitivity, sigma, noise)
@@ -260,11 +262,11 @@ class Spy:
 
         return noised
 
-    def training(self, real: Callable[..., Any], declared: Callable[[], Any]) -> Callable[..., Any]:
+    def training(self, real: Callable[..., Any]) -> Callable[..., Any]:
         """A private round of training; changes of its parameters may leave."""
 
         def trained(**options: Any) -> Any:
-            if options["stage"] != declared().training(self._request.split()[0]):
+            if options["stage"] != self.promise.training(self._request.split()[0]):
                 self.note("the training stage is not that of the plan")
             outcome = real(**options)
             for name, before in options["params"].items():
@@ -308,19 +310,18 @@ def _interpreter_events() -> None:
 
 @pytest.fixture
 def spy(_interpreter_events: None, monkeypatch: pytest.MonkeyPatch, study: Any) -> Iterator[Spy]:
-    """Watches the sites of ``study``: ``study.send`` and ``spy.watching`` around everything else."""
+    """Watches the sites of ``study``: ``study.send`` and ``spy.watching`` around everything else.
+
+    For sites of a study with another plan, set ``spy.promise``.
+    """
     from client import agent, evidence, rounds
     from client.policy import dp_plan
 
-    found = Spy()
-
-    def promise() -> DPPlan:
-        return dp_plan(study.plan)
-
+    found = Spy(dp_plan(study.plan))
     wrappers: dict[str, Callable[..., Any]] = dict.fromkeys(DOORS, found.door) | {
-        "privacy.marginals.gaussian_mechanism": lambda real: found.mechanism(real, promise),
-        "privacy.statistics.gaussian_mechanism": lambda real: found.mechanism(real, promise),
-        "client.rounds.train_round": lambda real: found.training(real, promise),
+        "privacy.marginals.gaussian_mechanism": found.mechanism,
+        "privacy.statistics.gaussian_mechanism": found.mechanism,
+        "client.rounds.train_round": found.training,
         "client.evidence.counts_at": found.counted,
         "client.evidence.concordant_pairs": found.counted,
     }
