@@ -6,7 +6,10 @@ import copy
 import multiprocessing
 import pickle
 import random
+import sys
+import threading
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -129,6 +132,53 @@ def test_a_forked_child_draws_other_noise() -> None:
     forked = here.recv()
     child.join(20)
     assert forked != source.uniform(4).tolist()
+
+
+def test_two_threads_at_once_never_get_the_same_bytes() -> None:
+    # without the guard a quarter of these draws repeat
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    source, drawn, refused = system_noise(), [], []
+
+    def draw() -> None:
+        for _ in range(500):
+            try:
+                drawn.append(source.words(8).tobytes())
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    try:
+        threads = [threading.Thread(target=draw) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(drawn) + len(refused) == 2000
+    assert len(set(drawn)) == len(drawn) > 0
+    assert all("one source for each" in text for text in refused)
+    assert source.words(1).shape == (1,)  # and it goes on
+
+
+@pytest.mark.parametrize("magnitude", [1e3, 1e9, 1e12])
+def test_a_sum_far_above_the_noise_is_a_function_of_the_exact_sum(magnitude: float) -> None:
+    # rounding the exact sum to float64 and then to the grid gives what float addition and the grid give
+    noise = test_noise("far").gaussian((200,), 1.0, torch.float64)
+    found = to_grid(magnitude / 3 + noise, 1.0)
+    exact = [Fraction(magnitude / 3) + Fraction(value) for value in noise.tolist()]
+    assert found.tolist() == to_grid(torch.tensor([float(value) for value in exact], dtype=torch.float64), 1.0).tolist()
+
+
+@pytest.mark.parametrize("std", [5e-324, 1e-305, 1e305, float("inf"), float("nan")])
+def test_a_grid_that_float64_cannot_hold_is_refused(std: float) -> None:
+    with pytest.raises(ValueError, match="std="):
+        to_grid(torch.zeros(1, dtype=torch.float64), std)
+
+
+def test_values_beyond_the_grids_own_digits_stay_as_they_are() -> None:
+    huge = torch.tensor([2.0**60 + 2.0**20, -(2.0**80)], dtype=torch.float64)
+    assert torch.equal(to_grid(huge, 1.0), huge)
 
 
 def test_the_test_switch_repeats_and_says_so() -> None:
