@@ -47,7 +47,7 @@ MOST_CELLS = 500_000  # of one release; beyond, a coarser grid overstates a litt
 MU_DELTA = 1e-9  # the profile is dominated down to this delta
 MU_CEILING = 1e3
 AGREEMENT = 0.02  # most that two accountants may differ; PRV alone reports about 0.01 above
-CHECKED_SEGMENTS, CHECKED_EPSILON = 12, 20.0  # beyond either, PRV takes minutes and is not asked
+CHECKED_EPSILON, CHECKED_WORK = 20.0, 6000.0  # beyond either, PRV is not asked; see cross_check
 ORDERS = tuple(
     [1 + tenth / 10 for tenth in range(1, 100)] + [float(n) for n in range(11, 64)] + [128.0, 256.0, 512.0, 1024.0]
 )
@@ -316,8 +316,9 @@ def epsilon_prv(event: dp_accounting.DpEvent, delta: float) -> float:
 def cross_check(event: dp_accounting.DpEvent, delta: float) -> CrossCheck:
     """Both accountants on the same event; a spend on which they disagree must not be promised.
 
-    PRV is asked where it answers in seconds: at most :data:`CHECKED_SEGMENTS` distinct segments and an epsilon of at
-    most :data:`CHECKED_EPSILON`. Elsewhere the note says that nobody looked.
+    PRV is asked where it answers in about two seconds: its time grows with distinct segments × epsilon × the root of
+    all releases, which may reach :data:`CHECKED_WORK` at an epsilon of at most :data:`CHECKED_EPSILON` (so eight stages,
+    5000 releases, epsilon 8 are checked). Elsewhere the note says that nobody looked.
 
     >>> cross_check(gaussian_event(10.0, count=100), 1e-5).note
     'agrees within 0.02'
@@ -328,10 +329,10 @@ def cross_check(event: dp_accounting.DpEvent, delta: float) -> CrossCheck:
     segments, ours = segments_of(event), epsilon(event, delta)
     if math.isinf(ours):
         return CrossCheck(ours, ours, "nothing to compare: without noise, or beyond any promise")
-    if len(segments) > CHECKED_SEGMENTS:
-        return CrossCheck(ours, None, f"not asked: more than {CHECKED_SEGMENTS} distinct stages")
     if ours > CHECKED_EPSILON:
         return CrossCheck(ours, None, f"not asked: epsilon above {CHECKED_EPSILON:g}")
+    if len(segments) * ours * math.sqrt(sum(segment.releases for segment in segments)) > CHECKED_WORK:
+        return CrossCheck(ours, None, "not asked: too many stages and steps for PRV to answer in seconds")
     theirs = epsilon_prv(event, delta)
     if not abs(theirs - ours) <= AGREEMENT:
         raise AccountantsDisagree(

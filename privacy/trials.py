@@ -70,7 +70,7 @@ def selection_cost(
     >>> run = accounting.gaussian_event(1.0, 0.02, 1000)
     >>> at_a_site = selection_cost(run, 20, 1e-5, losers_seen_by_nobody=True)
     >>> at_a_site.method, round(at_a_site.epsilon, 1), round(at_a_site.composed, 1)
-    ('random stopping', 8.5, 21.9)
+    ('random stopping', 8.5, 22.1)
     >>> selection_cost(run, 20, 1e-5, losers_seen_by_nobody=False).method
     'composition'
     """

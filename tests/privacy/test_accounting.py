@@ -66,9 +66,9 @@ def test_the_cross_check_agrees_and_says_where_it_did_not_look() -> None:
     assert agreed.epsilon_prv is not None
     assert abs(agreed.epsilon_prv - agreed.epsilon) <= accounting.AGREEMENT
     assert agreed.note == "agrees within 0.02"
-    many = dp_accounting.ComposedDpEvent([gaussian_event(30.0 + n) for n in range(accounting.CHECKED_SEGMENTS + 1)])
+    many = dp_accounting.ComposedDpEvent([gaussian_event(6.0 + n / 10, 0.02, 2000) for n in range(20)])
     large = gaussian_event(0.5, 0.5, 100)
-    for event, reason in ((many, "distinct stages"), (large, "epsilon above")):
+    for event, reason in ((many, "stages and steps"), (large, "epsilon above")):
         found = accounting.cross_check(event, 1e-5)
         assert found.epsilon_prv is None
         assert reason in found.note
