@@ -16,19 +16,20 @@ import torch
 from client.records.config import SeriesSource
 from client.records.draft import Draft
 from client.records.problems import BadRecord, Problem, short
-from client.records.tables import MISSING, name_strangers, name_unknown, read_frame, rows_and_visits, source_names
+from client.records.tables import MISSING, canonical_text, name_strangers, name_unknown, read_frame, rows_and_visits
 from medgen_models.schema import Slot, scale
 
 
 def read_events(path: Path, name: str, source: SeriesSource, id_column: str) -> pd.DataFrame:
-    """The columns of a long file that are used, with the file's own types.
+    """The columns of a long file that are used: identifiers, channels and sessions as text, numbers as they come.
 
     Raises:
         BadRecord: the file cannot be read, or lacks a column.
     """
     needed = [id_column, source.time_column, source.channel_column, source.value_column]
     try:
-        frame = read_frame(path, [*needed, source.visit_column])
+        text = (id_column, source.channel_column, source.visit_column)
+        frame = read_frame(path, [*needed, source.visit_column], text)
     except Exception as error:  # a damaged file can make the library raise anything
         raise BadRecord(
             Problem(name, "content", type(error).__name__, "the file can be read", "export it again as csv or parquet")
@@ -53,6 +54,20 @@ def bin_means(cell: np.ndarray, value: np.ndarray, cells: int) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
+def channel_names(slot: Slot, renames: dict[str, str]) -> dict[str, str]:
+    """Channel in the file -> name in the schema: the site's own names where it gave any, else the schema's.
+
+    It does not look at which channels there are: a channel that one patient alone has may not change how the channels
+    of all others are read.
+    """
+    names: dict[str, str] = {}
+    for column in slot.columns:
+        own = [file for file, ours in renames.items() if ours == column.name]
+        for file in own or filter(None, (column.source, column.name)):
+            names[file] = column.name
+    return names
+
+
 def read_slot(
     draft: Draft, slot: Slot, source: SeriesSource, file: str, events: pd.DataFrame, id_column: str, ignore: set[str]
 ) -> None:
@@ -72,8 +87,8 @@ def read_slot(
     row, visit = rows_and_visits(draft, events, id_column, source.visit_column)
     name_strangers(draft, file, id_column, row)
     codes, labels = pd.factorize(events[source.channel_column])
-    channels = [str(name).strip() for name in labels]
-    names = source_names(slot, source.channels, channels)
+    channels = [canonical_text(name) for name in labels]
+    names = channel_names(slot, source.channels)
     order = [column.name for column in slot.columns]
     channel = np.array([order.index(names[name]) if name in names else -1 for name in channels] + [-1])[codes]
     study = row >= 0

@@ -67,8 +67,12 @@ def find_table(root: Path, file: str, stems: tuple[str, ...]) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read_frame(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    """A csv, tsv or parquet file with the file's own types; only ``columns`` if given (those that are there)."""
+def read_frame(path: Path, columns: list[str] | None = None, text: tuple[str, ...] = ()) -> pd.DataFrame:
+    """A csv, tsv or parquet file; only ``columns`` if given (those that are there).
+
+    The columns of ``text`` are read as they are written. A type guessed from a whole column would let one patient's cell
+    change how all others are read: 007 is 7 until somebody is called A12. Other columns have the file's own types.
+    """
     if path.name.endswith(".parquet"):
         if columns is not None:
             import pyarrow.parquet as pq
@@ -77,7 +81,8 @@ def read_frame(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
         return pd.read_parquet(path, columns=columns)
     separator = "\t" if ".tsv" in path.suffixes else ","
     wanted = None if columns is None else (lambda name: name in columns)
-    return pd.read_csv(path, sep=separator, usecols=wanted, low_memory=False, encoding="utf-8-sig")
+    types = dict.fromkeys(text, "string[pyarrow]")
+    return pd.read_csv(path, sep=separator, usecols=wanted, dtype=types, low_memory=False, encoding="utf-8-sig")
 
 
 def read_table(path: Path, name: str, required: tuple[str, ...]) -> pd.DataFrame:
@@ -152,7 +157,7 @@ def strange(cells: pd.Series[str], values: np.ndarray, column: Column) -> int:
 
 
 def source_names(slot: Slot, renames: dict[str, str], present: list[str]) -> dict[str, str]:
-    """Name in the file -> name in the schema, for the columns (or channels) of ``slot`` that are in the file.
+    """Name in the file -> name in the schema, for the columns of ``slot`` that are in the file.
 
     The site's own renames go first, then ``Column.source``, then the schema's name.
     """

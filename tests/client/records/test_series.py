@@ -76,6 +76,39 @@ def test_two_names_may_feed_one_channel_and_hours_may_be_the_unit(site: Any) -> 
     assert values.tolist() == pytest.approx([-0.4, 1.0])
 
 
+CHANNELS = {"vitals": {"reader": "series", "channels": {"211": "hr"}}}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("A12", 5, "211", 90),
+        ("009", 5, "", 90),
+        ("009", 5, "rate", 90),
+        ("009", "soon", "211", 90),
+        ("009", 5, "211", "fast"),
+    ],
+    ids=["id that is no number", "no channel", "channel of a name", "time that is text", "value that is text"],
+)
+@pytest.mark.parametrize("name", ["vitals.csv", "vitals.parquet"])
+def test_what_one_patient_holds_does_not_change_how_others_are_read(
+    site: Any, name: str, other: tuple[Any, ...]
+) -> None:
+    """Types guessed from a column, or names chosen by what is there, would make one patient move everybody's numbers."""
+    numbers = [("007", 5, 211, 100), ("008", 300, 211, 150)]
+    site.participants("007", "008", other[0])
+    frame = events(*numbers) if name.endswith("parquet") else events(*((i, t, str(c), v) for i, t, c, v in numbers))
+    site.table(name, frame)
+    alone = site.load("vitals", slots=CHANNELS).members
+    site.table(name, events(*((i, str(t), str(c), str(v)) for i, t, c, v in [*numbers, other])))
+    beside = site.load("vitals", slots=CHANNELS).members
+    for patient in ("sub-007", "sub-008"):
+        rows = [members.ids.index(patient) for members in (alone, beside)]
+        before, after = (m.values["vitals"][row].nan_to_num(9) for m, row in zip((alone, beside), rows, strict=True))
+        assert torch.equal(before, after)
+        assert (before != 9).any()
+
+
 def test_a_missing_column_is_named(site: Any) -> None:
     site.participants("1")
     site.volume("1", "T1w")
