@@ -10,6 +10,7 @@ Shape legend: B patients, K draws, C channels, XYZ voxels.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -52,14 +53,14 @@ class Network:
 
 
 def network(case: Case, size: float = 1.0) -> Network:
-    """The network of a case; ``size`` scales its width (the core and the U-Nets), for scaling curves."""
+    """The network of a case; ``size`` scales its width (core, U-Nets) or the edge of its volumes (autoencoders)."""
     match case:
         case "core":
             return _core(size)
         case "vae-3d":
-            return _vae()
+            return _vae(size)
         case "aekl-3d":
-            return _aekl()
+            return _aekl(round(32 * size))
         case "unet-2d":
             return _unet("unet-2d", 2, (32, 32), (_wide(32, size), _wide(64, size)))
         case "unet-3d":
@@ -104,16 +105,17 @@ def _core(size: float) -> Network:
     return Network(about, core, make_unit_loss(core, flow), batch_losses, units)
 
 
-def _vae() -> Network:
+def _vae(size: float) -> Network:
     from medgen_models.codecs.vae import SlotVae
     from simulations.phantoms import autoencoder_schema
 
     slot = next(s for s in autoencoder_schema().slots if s.codec == "vae" and len(s.shape) == 3)
+    slot = slot.model_copy(update={"shape": tuple(round(edge * size) for edge in slot.shape)})
     net = SlotVae(slot, 0, torch.Generator().manual_seed(SEED)).requires_grad_(False)
 
     def units(patients: int, draws: int) -> Units:
         generator = torch.Generator().manual_seed(SEED)
-        x = torch.randn(patients, draws, int(torch.tensor(slot.shape).prod()), generator=generator)
+        x = torch.randn(patients, draws, math.prod(slot.shape), generator=generator)
         return {"x": x, "noise": torch.randn(patients, draws, net.latent, generator=generator)}
 
     def folded(module: nn.Module, batch: Units) -> Tensor:
@@ -128,8 +130,8 @@ def _vae() -> Network:
     return Network(f"3-D VAE codec, {'x'.join(map(str, slot.shape))} voxels", net, unit_loss, folded, units)
 
 
-def _aekl() -> Network:
-    from monai.networks.nets import AutoencoderKL
+def _aekl(edge: int) -> Network:
+    from monai.networks.nets.autoencoderkl import AutoencoderKL
 
     torch.manual_seed(SEED)
     net: Any = AutoencoderKL(
@@ -149,11 +151,12 @@ def _aekl_loss(module: nn.Module, batch: Units) -> Tensor:
     latent = mean + sigma * noise[:, : mean.shape[1], : mean.shape[2], : mean.shape[3], : mean.shape[4]]
     out = module.decode(latent)  # type: ignore[operator]
     kl = 0.5 * (mean.square() + sigma.square() - 1.0 - 2.0 * sigma.log())
-    return (out - x).square().flatten(1).mean(1) + 1e-3 * kl.flatten(1).mean(1)
+    loss_J: Tensor = (out - x).square().flatten(1).mean(1) + 1e-3 * kl.flatten(1).mean(1)
+    return loss_J
 
 
 def _unet(case: Case, axes: int, grid: tuple[int, ...], channels: tuple[int, int]) -> Network:
-    from monai.networks.nets import DiffusionModelUNet
+    from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 
     torch.manual_seed(SEED)
     net = DiffusionModelUNet(
@@ -169,7 +172,8 @@ def _unet_loss(module: nn.Module, batch: Units) -> Tensor:
     t = batch["t"].reshape(-1, *([1] * (batch["x"].dim() - 1)))
     mixed = (1.0 - t) * batch["x"] + t * batch["noise"]
     out = module(mixed, timesteps=(batch["t"] * 1000.0), context=batch["context"])
-    return (out - batch["noise"]).square().flatten(1).mean(1)
+    loss_J: Tensor = (out - batch["noise"]).square().flatten(1).mean(1)
+    return loss_J
 
 
 def _image_network(

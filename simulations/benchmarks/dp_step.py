@@ -12,6 +12,7 @@ process of its own.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import statistics
@@ -189,7 +190,9 @@ def peak_bytes(make: Callable[[], Step]) -> int | None:
     if child == 0:
         answer = b""
         try:
+            torch.set_num_threads(1)  # a forked process has lost its pool of threads: waiting for them would never end
             step = make()
+            _give_back_free_memory()
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             before = _status_bytes("VmHWM")
             step()
@@ -204,6 +207,13 @@ def peak_bytes(make: Callable[[], Step]) -> int | None:
         text = pipe.read()
     os.waitpid(child, 0)
     return int(text) if text else None
+
+
+def _give_back_free_memory() -> None:
+    """Return what the allocator holds and nobody uses, or a step would grow into it unseen."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc; elsewhere the figure is a lower bound
+    if trim is not None:
+        trim(0)
 
 
 def _status_bytes(field: str) -> int:

@@ -21,6 +21,7 @@ READS_A_RUN: Mapping[str, str] = {
 STANDS_ALONE: Mapping[str, str] = {
     "accounting": "epsilon of fifty random schedules against an independent composition; time of a query",
     "canaries": "how much of a promise 50,000 canaries an arm show: lower bounds on epsilon beside what was promised",
+    "dp-step": "time and memory of a private step over a plain one, beside Opacus; scaling curves beside --json",
     "frontier": "utility against epsilon, and one factor at a time around epsilon 8; goes on beside --json after an interruption",
     "shared-noise": "noise that sites share against full noise at each site: error, price, time (a prototype)",
 }
@@ -92,6 +93,10 @@ def _stand_alone(name: str, json: Path | None) -> BenchResult:
             from simulations.benchmarks import canaries
 
             return canaries.run()
+        case "dp-step":
+            from simulations.benchmarks import dp_step
+
+            return dp_step.run(json.with_suffix(".png") if json is not None else None)
         case "frontier":
             from simulations.benchmarks import frontier
 
