@@ -25,6 +25,7 @@ from client.speed import speed_for
 from medgen_models.adapters import group_of
 from medgen_models.assembly import StudyModel
 from medgen_models.flow import draw, make_unit_loss, make_units
+from medgen_models.prototypes import factor_of, levels_of, slot_vectors
 from medgen_models.schema import Schema
 from medgen_models.table_prior import encode_rows
 from medgen_models.tokens import TokenBatch
@@ -37,6 +38,8 @@ from privacy.ledger import AccessToken, DpToken
 from privacy.marginals import bounded_mean_sum, noisy_marginals
 from privacy.noise import NoiseSource, system_noise, test_noise
 from privacy.plan import QueryStage, TrainingStage
+from privacy.statistics import noisy_prototypes
+from privacy.tokens import need_charge
 from privacy.training import Prepare, train_round
 
 Vectors = dict[str, NDArray[np.float64]]
@@ -45,7 +48,12 @@ MADE_UP_SEED = 20_261  # of made-up patients: public, and apart from the noise
 
 
 def compute(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken) -> tuple[Vectors, float]:
-    """The site's numbers for one round, by group, and the grid step that they are to be rounded to."""
+    """The site's numbers for one round, by group, and the grid step that they are to be rounded to.
+
+    Raises:
+        PermissionError: ``token`` is not the charge of this very task.
+    """
+    need_charge(token, DpToken, task.plan_hash, task.digest())
     torch.set_num_threads(config.speed.threads or 1)
     noise = noise_for(config, plan, task)
     match task.stage:
@@ -53,6 +61,8 @@ def compute(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken
             return _marginals(config, plan, token, noise), plan.quantisation.statistic
         case "recentre":
             return _recentre(config, plan, task, token, noise), plan.quantisation.statistic
+        case "prototypes":
+            return _prototypes(config, plan, task, token, noise), plan.quantisation.statistic
         case "core":
             return _train_core(config, plan, task, token, noise), plan.quantisation.update
         case "codec":
@@ -116,6 +126,30 @@ def _recentre(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpTok
     total = bounded_mean_sum(vectors, plan.recentre.bound, _query(plan, "recentre").sigma, noise)
     ends = np.cumsum([model.mean_length(slot) for slot in owned])
     return {f"mean/{slot}": piece for slot, piece in zip(owned, np.split(total, ends[:-1]), strict=True)}
+
+
+def _prototypes(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:
+    """Per owned image slot, the noised sum of mean token vectors of each level and how many stand there.
+
+    Each slot's vector is clipped by itself, and every slot's noise is that of the whole release: a patient may move all of
+    the plan's slots, whichever of them this site owns.
+    """
+    asked = plan.prototypes
+    assert asked is not None
+    model = model_of(config.folder, plan, task)
+    records = read_records(config, plan, model, token)
+    tokens = model.bank.encode(records.members)
+    levels = len(factor_of(model.schema, asked.factor).levels)
+    level_B = levels_of(model.schema, records.members, asked.factor)
+    sigma = _query(plan, "prototypes").sigma * math.sqrt(len(asked.slots))
+    found: Vectors = {}
+    for slot in asked.slots:
+        if f"prototype/{slot}" in owned_groups(config, plan, task):
+            vectors, has_B = slot_vectors(model.bank, tokens, slot)
+            own_B = torch.where(has_B, level_B, -1)
+            sums = noisy_prototypes(vectors.double().numpy(), own_B.numpy(), levels, asked.bound, sigma, noise)
+            found[f"prototype/{slot}"] = sums.ravel()
+    return found
 
 
 def _train_core(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:

@@ -260,10 +260,16 @@ def train_core(
     config: PretrainConfig,
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
+    start: TokenCore | None = None,
 ) -> TokenCore:
-    """Train a core on encoded public patients and return the running mean of its weights, frozen."""
+    """Train a core on encoded public patients and return the running mean of its weights, frozen.
+
+    ``start`` is a core of ``config.core`` to go on from; it is left as it is. Without one the core starts at random.
+    """
     generator = torch.Generator().manual_seed(seed)
     core = TokenCore(layout, config.core, generator)
+    if start is not None:
+        core.load_state_dict({name: value.detach() for name, value in start.named_parameters()})
     params = list(core.parameters())
     mean = [p.detach().clone() for p in params]
     optimizer = PublicOptimizer(core, config.matrix_rate, config.learning_rate, config.weight_decay)

@@ -51,6 +51,7 @@ def run_study(grid: Grid, context: Context) -> str:
     counts = stages.marginals(session, sites, domain)
     state = stages.codecs(session, sites, model({}), {})
     state = stages.recentre(session, sites, model(state), state)
+    state = stages.prototypes(session, sites, public, model(state), state)
     state = stages.core(session, sites, model(state), state)
 
     final = model(state)

@@ -6,11 +6,13 @@ norms, the bound of the recentring query, which pairs of columns to count). No p
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from medgen_models.prototypes import factor_of
 from medgen_models.schema import IMAGE_KINDS, Schema
 from privacy.audit.validity import BLIND_THRESHOLDS
 from privacy.boundary.plan import (
@@ -18,6 +20,7 @@ from privacy.boundary.plan import (
     Audit,
     CodecTraining,
     Part,
+    Prototypes,
     Recentre,
     Release,
     RosterEntry,
@@ -27,9 +30,11 @@ from privacy.boundary.plan import (
 )
 from privacy.marginals import marginals_sensitivity
 from privacy.plan import DPPlan, QueryStage, TrainingStage, largest_delta
+from privacy.statistics import prototypes_sensitivity
 from server.study import StudyConfig, TrainingConfig
 
 CORE, CODEC, MARGINALS, RECENTRE, AUDIT = "core", "codec", "marginals", "recentre", "audit"
+PROTOTYPES = "prototypes"
 # Log-loss and log-distance ratios of one patient lie within a few units of 0; a tenth of a unit resolves their order.
 LOSS_THRESHOLDS = tuple(round(-8.0 + 0.1 * i, 10) for i in range(161))
 RATIO_THRESHOLDS = tuple(round(-2.0 + 0.025 * i, 10) for i in range(161))
@@ -92,6 +97,13 @@ def build_plan(
         if table is not None and MARGINALS in _names(dp)
         else None,
         recentre=Recentre(slots=_image_slots(schema), bound=facts.recentre_bound) if RECENTRE in _names(dp) else None,
+        prototypes=Prototypes(
+            slots=_image_slots(schema),
+            factor=config.prototypes.factor,
+            bound=_prototype_bound(config, schema, facts),
+        )
+        if PROTOTYPES in _names(dp)
+        else None,
         codec=CodecTraining(slots=config.codec.slots, learning_rate=config.codec.learning_rate)
         if config.codec.slots
         else None,
@@ -137,11 +149,35 @@ def dp_plan(config: StudyConfig, schema: Schema, facts: PublicFacts) -> DPPlan:
                 spare_rounds=config.recentre.spare_rounds,
             )
         )
+    if config.prototypes.enabled and _image_slots(schema):
+        stages.append(_prototypes(config, schema, facts))
     stages.append(_training(CORE, config.core, facts.core_clip))
     plan = DPPlan(stages=tuple(stages), delta=config.privacy.delta, max_visits=schema.max_visits)
     ready = plan.calibrate(config.privacy.epsilon)
     ready.cross_check()
     return ready
+
+
+def _prototypes(config: StudyConfig, schema: Schema, facts: PublicFacts) -> QueryStage:
+    """One Gaussian release over all image slots: a patient stands in one level of each."""
+    factor_of(schema, config.prototypes.factor)
+    if config.codec.slots:
+        raise ValueError(
+            "study.prototypes: public patients are kept as tokens of the public codecs, and study.codec trains others; "
+            "turn one of the two off"
+        )
+    bound = _prototype_bound(config, schema, facts)
+    return QueryStage(
+        name=PROTOTYPES,
+        sigma=config.prototypes.sigma,
+        sensitivity=prototypes_sensitivity(bound) * math.sqrt(len(_image_slots(schema))),
+        spare_rounds=config.prototypes.spare_rounds,
+    )
+
+
+def _prototype_bound(config: StudyConfig, schema: Schema, facts: PublicFacts) -> float:
+    """L2 bound of a patient's mean token vector of one slot."""
+    return config.prototypes.bound or facts.recentre_bound / math.sqrt(len(_image_slots(schema)))
 
 
 def _training(name: str, config: TrainingConfig, public_norm: float) -> TrainingStage:

@@ -253,6 +253,8 @@ def _groups(session: Session) -> tuple[Group, ...]:
         names |= set(plan.groups(stage.name))
     if plan.recentre is not None:
         names |= {f"mean/{slot}" for slot in plan.recentre.slots}
+    if plan.prototypes is not None:
+        names |= {f"prototype/{slot}" for slot in plan.prototypes.slots}
     if plan.codec is not None:
         names |= {f"codec/{slot}" for slot in plan.codec.slots}
     opened: Counter[str] = Counter()

@@ -63,6 +63,11 @@ class RunFolder:
         return self.path / "public-rows.safetensors"
 
     @property
+    def public_patients(self) -> Path:
+        """Tokens and levels of the public patients that were trained on; there for a study with a prototype warm-up."""
+        return self.path / "public-patients.safetensors"
+
+    @property
     def hospitals(self) -> Path:
         """Generated hospitals of a simulation."""
         return self.path / "hospitals"

@@ -15,11 +15,15 @@ from numpy.typing import NDArray
 from medgen_models.adapters import group_of
 from medgen_models.assembly import StudyModel, to_arrays
 from medgen_models.codecs.bank import PRESENCE, CodecBank
+from medgen_models.pretrain import PublicModel
+from medgen_models.prototypes import factor_of
 from server.aggregation import Ask, GroupSum, RoundSums, StudyError
-from server.planning import CODEC, CORE, MARGINALS, RECENTRE
+from server.planning import CODEC, CORE, MARGINALS, PROTOTYPES, RECENTRE
 from server.session import Session
 from server.study import TrainingConfig
+from server.warmup import PublicPatients, level_shifts, shrink, warm_up
 
+WARM_UP = "warm-up"
 State = dict[str, NDArray[np.float32]]
 Query = tuple[int, ...]
 
@@ -77,19 +81,39 @@ def shift_of(
     return shrink(shift, noise_std / count).astype(np.float32)
 
 
-def shrink(estimate: NDArray[np.float64], noise_std: float) -> NDArray[np.float64]:
-    """Positive-part James-Stein estimate of a mean seen through known Gaussian noise: post-processing, free.
+def prototypes(session: Session, sites: Sequence[str], public: PublicModel, model: StudyModel, state: State) -> State:
+    """The state with a core that was warmed up on public patients who look like the hospitals' noised level means.
 
-    Source: James and Stein (1961); Baranchik (1970) for the positive part.
-
-    >>> shrink(np.array([3.0, 4.0, 0.0]), 1.0)
-    array([2.88, 3.84, 0.  ])
-    >>> shrink(np.array([0.3, 0.4, 0.0]), 1.0)
-    array([0., 0., 0.])
+    The warmed weights are stored, so a resumed study starts its private rounds from the same ones.
     """
-    length = float(estimate @ estimate)
-    factor = 1.0 - (estimate.size - 2) * noise_std**2 / length if length > 0 else 0.0
-    return estimate * min(1.0, max(0.0, factor))
+    asked = session.plan.prototypes
+    if asked is None:
+        return state
+    warmed = session.checkpoints.last(WARM_UP)
+    if warmed is not None:
+        return {**state, **warmed.arrays}
+    levels = len(factor_of(session.schema, asked.factor).levels)
+    names = session.plan.groups(PROTOTYPES)
+    lengths = {name: levels * model.mean_length(name.removeprefix("prototype/")) for name in names}
+    stored = _query_round(session, sites, PROTOTYPES, state, lengths)
+    patients = PublicPatients.from_bytes(session.folder.public_patients.read_bytes())
+    shift = {}
+    for name, total in stored.items():
+        contributors = sum(site in sites for site in session.plan.owners(name))
+        noise_std = session.dp.query(PROTOTYPES).noise_std * contributors**0.5
+        slot = name.removeprefix("prototype/")
+        shift[slot] = level_shifts(total.reshape(levels, -1), public.bank, patients, slot, asked.bound, noise_std)
+    settings = session.config.prototypes
+    weights = warm_up(
+        public,
+        patients,
+        shift,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        seed=session.config.seed,
+    )
+    session.checkpoints.save(WARM_UP, 0, weights, {})
+    return {**state, **weights}
 
 
 def codecs(session: Session, sites: Sequence[str], model: StudyModel, state: State) -> State:

@@ -107,6 +107,25 @@ class RecentreConfig(_Public):
     spare_rounds: int = Field(default=1, ge=0)
 
 
+class PrototypesConfig(_Public):
+    """Warm-up of the public core on noised mean tokens per level of a factor: one DP query, then public steps.
+
+    Attributes:
+        factor: a factor of the schema whose levels patients share, such as the pathology.
+        sigma, bound, spare_rounds: of the query; ``bound`` is the L2 bound of a patient's mean token of one slot, and 0
+            takes the bound of recentring over the root of the number of image slots.
+        steps, learning_rate: public steps at the coordinator.
+    """
+
+    enabled: bool = False
+    factor: str = "pathology"
+    sigma: float = Field(default=5.0, gt=0)
+    bound: float = Field(default=0.0, ge=0)
+    spare_rounds: int = Field(default=1, ge=0)
+    steps: int = Field(default=60, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+
+
 class ReleaseConfig(_Public):
     """The synthetic cohort."""
 
@@ -151,6 +170,7 @@ class StudyConfig(_Public):
     codec: CodecConfig = CodecConfig()
     table: TableConfig = TableConfig()
     recentre: RecentreConfig = RecentreConfig()
+    prototypes: PrototypesConfig = PrototypesConfig()
     core: CoreConfig = CoreConfig()
     release: ReleaseConfig = ReleaseConfig()
     audit: AuditConfig = AuditConfig()

@@ -14,6 +14,7 @@ from safetensors.numpy import save
 from client import enrolment, policy
 from medgen_models.batches import batch_to_bytes
 from medgen_models.pretrain import CARD_FILE, WEIGHTS_FILE, PretrainConfig, PublicModel, pretrain
+from medgen_models.prototypes import levels_of
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.table_prior import choose_pairs, default_queries, encode_rows, public_positions
 from privacy.boundary.plan import Part
@@ -26,6 +27,7 @@ from server.events import EventLog
 from server.planning import PublicFacts, build_plan
 from server.runfolder import RunFolder
 from server.session import COORDINATOR_KEY, split_parts
+from server.warmup import PublicPatients
 from simulations import hospitals, real_schemas
 from simulations.scenario import Scenario
 
@@ -160,6 +162,9 @@ def _facts(
         positions = public_positions(schema, public, study.table.bins)
         write_atomically(folder.public_rows, save({"codes": rows.codes_BC, "positions": positions}))
         marginals = tuple(tuple(query) for query in default_queries(schema, rows.domain, pairs))
+    if study.prototypes.enabled:
+        levels = levels_of(schema, public, study.prototypes.factor)
+        write_atomically(folder.public_patients, PublicPatients(model.bank.encode(public), levels).to_bytes())
     return PublicFacts(
         parts=tuple(place),
         core_clip=model.clip_norms[study.core.group],

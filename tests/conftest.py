@@ -231,6 +231,7 @@ class Study:
         training = session.plan.training
         start = assemble(public, {}, training.group, training.lora_rank)
         state = stages.recentre(session, sites, start, {})
+        state = stages.prototypes(session, sites, public, start, state)
         model = assemble(public, state, training.group, training.lora_rank)
         return stages.core(session, sites, model, state)
 

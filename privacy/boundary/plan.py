@@ -123,6 +123,16 @@ class Recentre(_Public):
     bound: Positive
 
 
+class Prototypes(_Public):
+    """Noised mean tokens per level of a factor, for a warm-up at the coordinator; ``bound`` clips a patient's vector of
+    each slot (L2). All slots are one release.
+    """
+
+    slots: tuple[Label, ...] = Field(min_length=1)
+    factor: Label
+    bound: Positive
+
+
 class CodecTraining(_Public):
     """Codecs that the sites train under DP before the core."""
 
@@ -201,6 +211,7 @@ class StudyPlan(_Public):
     training: Training
     table: Table | None = None
     recentre: Recentre | None = None
+    prototypes: Prototypes | None = None
     codec: CodecTraining | None = None
     audit: Audit = Audit()
     release: Release
@@ -212,6 +223,7 @@ class StudyPlan(_Public):
         declared = _declared_slots(self.study_schema)
         asked = {f"roster.{site}": entry.slots for site, entry in self.roster.items()}
         asked |= {"recentre": self.recentre.slots} if self.recentre else {}
+        asked |= {"prototypes": self.prototypes.slots} if self.prototypes else {}
         asked |= {"codec": self.codec.slots} if self.codec else {}
         asked |= {"table": (self.table.slot,)} if self.table else {}
         for place, slots in asked.items():
@@ -293,6 +305,8 @@ class StudyPlan(_Public):
                 names = [f"table/{self.table.slot}"]
             case "recentre" if self.recentre is not None:
                 names = [f"mean/{slot}" for slot in self.recentre.slots]
+            case "prototypes" if self.prototypes is not None:
+                names = [f"prototype/{slot}" for slot in self.prototypes.slots]
             case "codec" if self.codec is not None:
                 names = [f"codec/{slot}" for slot in self.codec.slots]
             case "core":

@@ -52,6 +52,7 @@ CELLS: tuple[Cell, ...] = (
     Cell("one site", where="one site"),
     Cell("pooled", where="pooled"),
     Cell("running mean of weights", average=0.5),
+    Cell("prototypes", prototypes=True),
     Cell("recentred only", trained=False),
     Cell("public model", epsilon=0.0),
     Cell("public model, shape-only shift", epsilon=0.0, shift="shape"),

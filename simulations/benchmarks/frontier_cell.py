@@ -27,6 +27,7 @@ from medgen_models.flow import draw, fixed_losses, make_unit_loss
 from medgen_models.metrics.coherence import compare_correlations
 from medgen_models.metrics.image import frechet_distance
 from medgen_models.pretrain import PublicModel
+from medgen_models.prototypes import factor_of, slot_vectors
 from medgen_models.schema import IMAGE_KINDS
 from medgen_models.table_prior import count_tables, fit
 from medgen_models.tokens import TokenBatch
@@ -34,12 +35,14 @@ from privacy.gradients import Speed
 from privacy.marginals import bounded_mean_sum, noisy_marginals
 from privacy.noise import NoiseSource
 from privacy.plan import DPPlan, QueryStage, TrainingStage
+from privacy.statistics import noisy_prototypes, prototypes_sensitivity
 from privacy.training import Prepare, train_round
 from server.aggregation import GroupSum
-from server.planning import CORE, MARGINALS, RECENTRE
+from server.planning import CORE, MARGINALS, PROTOTYPES, RECENTRE
 from server.release.cohort import rows_from_tree, sample_cohort
 from server.stages import State, apply_change, running_mean, shift_of
-from simulations.benchmarks.frontier_world import Shift, Sizes, World, measured, shift_tokens
+from server.warmup import PublicPatients, level_shifts, warm_up
+from simulations.benchmarks.frontier_world import FACTOR, Shift, Sizes, World, measured, shift_tokens
 
 Where = Literal["one site", "federated", "pooled"]
 Floats = NDArray[np.float64]
@@ -47,10 +50,11 @@ DELTA = 1e-5
 RANK = 4
 GUIDANCE = 2.0
 LOSS_DRAWS = 16
+WARM_STEPS, WARM_RATE = 60, 1e-3
 CHUNK = 32
-QUERY_SIGMA: Mapping[str, float] = {MARGINALS: 2.0, RECENTRE: 3.0}
+QUERY_SIGMA: Mapping[str, float] = {MARGINALS: 2.0, RECENTRE: 3.0, PROTOTYPES: 5.0}
 """Noise multipliers of the queries at epsilon 8, as a study's defaults; they grow as epsilon falls."""
-LEARNING_RATE: Mapping[Trained, float] = {"all": 1e-3, "attention": 1e-3, "lora": 5e-3}
+LEARNING_RATE: Mapping[Trained, float] = {"all": 3e-3, "attention": 4e-3, "lora": 5e-3}
 """Chosen on other phantoms (see :data:`simulations.benchmarks.frontier.SEEDS`), the same at every epsilon."""
 
 
@@ -68,6 +72,7 @@ class Cell:
         group: the trained weights.
         draws: noise draws of a patient inside one clip.
         where: all hospitals, the first one alone, or all patients at one site.
+        prototypes: warm the public core up on noised level means first.
         average: decay of the running mean of the weights over rounds, which is then what is used; 0 for none.
     """
 
@@ -81,6 +86,7 @@ class Cell:
     draws: int = 4
     where: Where = "federated"
     average: float = 0.0
+    prototypes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +114,11 @@ class Utility:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A hospital as a cell sees it: tokens and table codes of its members, and its declared capacity."""
+    """A hospital as a cell sees it: tokens, table codes and levels of its members, and its declared capacity."""
 
     tokens: TokenBatch
     codes: NDArray[np.int64]
+    levels: Tensor
 
     @property
     def n_decl(self) -> int:
@@ -139,6 +146,8 @@ def run_cell(cell: Cell, sizes: Sizes, public: PublicModel, world: World, seed: 
         sites = sites_of(cell, world)
         tables = _marginals(plan, sites, world, noise)
         state = _recentre(plan, cell, sites, public, noise)
+        if cell.prototypes:
+            state = _warm_up(plan, sites, public, world, state, seed, noise)
         if cell.trained:
             state = _train(plan, cell, sites, public, state, noise)
         model = assemble(public, state, cell.group, RANK)
@@ -158,6 +167,14 @@ def plan_of(cell: Cell, sizes: Sizes, public: PublicModel, world: World) -> DPPl
     ]
     if cell.recentred:
         stages.append(QueryStage(name=RECENTRE, sigma=QUERY_SIGMA[RECENTRE] * ease, sensitivity=public.recentre_norm))
+    if cell.prototypes:
+        stages.append(
+            QueryStage(
+                name=PROTOTYPES,
+                sigma=QUERY_SIGMA[PROTOTYPES] * ease,
+                sensitivity=prototypes_sensitivity(slot_bound(public)) * math.sqrt(len(image_slots(public))),
+            )
+        )
     if cell.trained:
         stages.append(
             TrainingStage(
@@ -177,13 +194,14 @@ def sites_of(cell: Cell, world: World) -> tuple[Site, ...]:
     """Who trains: every hospital, the first one, or one site that holds everybody."""
     match cell.where:
         case "federated":
-            return tuple(Site(t, c) for t, c in zip(world.sites, world.codes, strict=True))
+            return tuple(Site(*each) for each in zip(world.sites, world.codes, world.levels, strict=True))
         case "one site":
-            return (Site(world.sites[0], world.codes[0]),)
+            return (Site(world.sites[0], world.codes[0], world.levels[0]),)
         case "pooled":
             parts = [tokens.as_dict() for tokens in world.sites]
             together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            return (Site(TokenBatch.from_dict(together), np.concatenate(world.codes)),)
+            tokens = TokenBatch.from_dict(together)
+            return (Site(tokens, np.concatenate(world.codes), torch.cat(world.levels)),)
 
 
 def moved(public: PublicModel, model: StudyModel) -> dict[str, Tensor]:
@@ -228,6 +246,39 @@ def _recentre(plan: DPPlan, cell: Cell, sites: Sequence[Site], public: PublicMod
         f"mean/{slot}": shift_of(bank, slot, piece, patients, noise_std)
         for slot, piece in zip(slots, pieces, strict=True)
     }
+
+
+def _warm_up(
+    plan: DPPlan,
+    sites: Sequence[Site],
+    public: PublicModel,
+    world: World,
+    state: State,
+    seed: int,
+    noise: NoiseSource,
+) -> State:
+    """The state with all weights of a core that was warmed up on public patients moved to the noised level means."""
+    stage, bound = plan.query(PROTOTYPES), slot_bound(public)
+    sigma = stage.sigma * math.sqrt(len(image_slots(public)))
+    levels = len(factor_of(public.schema, FACTOR).levels)
+    shift = moved(public, assemble(public, state, "all", RANK))
+    held = [shift_tokens(site.tokens, public.bank, shift) for site in sites]
+    patients = PublicPatients(world.public, world.public_levels)
+    found = {}
+    for slot in image_slots(public):
+        total = np.zeros(())
+        for site, tokens in zip(sites, held, strict=True):
+            vectors, has_B = slot_vectors(public.bank, tokens, slot)
+            own_B = torch.where(has_B, site.levels, -1).numpy()
+            total = total + noisy_prototypes(vectors.double().numpy(), own_B, levels, bound, sigma, noise)
+        noise_std = stage.noise_std * len(sites) ** 0.5
+        found[slot] = level_shifts(total, public.bank, patients, slot, bound, noise_std)
+    return {**state, **warm_up(public, patients, found, steps=WARM_STEPS, learning_rate=WARM_RATE, seed=seed)}
+
+
+def slot_bound(public: PublicModel) -> float:
+    """Bound of a patient's mean token vector of one slot, as in planning."""
+    return public.recentre_norm / math.sqrt(len(image_slots(public)))
 
 
 def _train(

@@ -34,6 +34,7 @@ from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig
 from medgen_models.metrics.coherence import correlations
 from medgen_models.pretrain import PretrainConfig, PublicModel, pretrain
+from medgen_models.prototypes import levels_of
 from medgen_models.schema import IMAGE_KINDS, PatientBatch, Schema
 from medgen_models.table_prior import choose_pairs, default_queries, encode_rows, public_positions
 from medgen_models.tokens import TokenBatch
@@ -53,7 +54,11 @@ POPULATIONS: tuple[Profile, ...] = (
     Profile(age_years=52.0, severity_shift=-0.1, pathology_mix=(0.20, 0.36, 0.38, 0.06)),
 )
 """Who comes to each hospital; the public population is ``Profile()``."""
-PUBLIC_SEED, PATTERN_SEED, SITE_SEED = 1_000, 2_000, 3_000
+FACTOR = "pathology"
+"""The factor whose levels have prototypes."""
+AT_ONCE = 400
+"""Patients whose images are in memory at once."""
+PUBLIC_SEED, PATTERN_SEED, SITE_SEED = 100_000, 200_000, 300_000
 """Offsets that keep public patients, patients behind the pattern and hospital patients apart at every seed."""
 
 
@@ -73,17 +78,17 @@ class Sizes:
 
     public: int = 400
     pattern: int = 300
-    members: int = 600
+    members: int = 2000
     held_out: int = 130
-    pretrain_steps: int = 250
+    pretrain_steps: int = 300
     rounds: int = 4
-    steps: int = 12
+    steps: int = 8
     spare_rounds: int = 1
-    sampling_rate: float = 0.1
+    sampling_rate: float = 0.08
     synthetic: int = 500
     sampler_steps: int = 10
-    width: int = 48
-    layers: int = 3
+    width: int = 32
+    layers: int = 2
     bins: int = 8
     pairs: int = 20
 
@@ -100,6 +105,8 @@ class World:
     Attributes:
         sites: tokens of the members of each hospital, by the public codecs.
         codes: the members' table codes (B, C), for the marginals.
+        levels: the members' levels of :data:`FACTOR` (B,), for prototypes.
+        public, public_levels: tokens and levels of the public patients.
         held_out: tokens of all hospitals' held-out patients.
         correlations: of image attributes with columns among the held-out patients, one for each of :data:`PAIRS`.
         public_codes, positions: public table codes and where values lie in their bins, for the table prior.
@@ -108,6 +115,9 @@ class World:
 
     sites: tuple[TokenBatch, ...]
     codes: tuple[NDArray[np.int64], ...]
+    levels: tuple[Tensor, ...]
+    public: TokenBatch
+    public_levels: Tensor
     held_out: TokenBatch
     correlations: Floats
     public_codes: NDArray[np.int64]
@@ -230,18 +240,26 @@ def _make_world(bank: CodecBank, sizes: Sizes, seed: int, shift: Shift) -> World
     pattern = _pattern(schema, sizes, seed)
     public = _public(schema, sizes, seed)
     rows = encode_rows(schema, public, sizes.bins)
-    sites, codes, left = [], [], []
+    sites, codes, levels, left = [], [], [], []
     for k, profile in enumerate(POPULATIONS):
-        people = sizes.members + sizes.held_out
-        batch = _recorded(schema, people, SITE_SEED + 100 * seed + k, profile, shift, pattern)
-        members = batch.select(list(range(sizes.members)))
-        sites.append(bank.encode(members))
-        codes.append(encode_rows(schema, members, sizes.bins).codes_BC)
-        left.append(batch.select(list(range(sizes.members, people))))
+        start = SITE_SEED + 1_000 * seed + 100 * k
+        left.append(_recorded(schema, sizes.held_out, start, profile, shift, pattern))
+        parts = []
+        for number, people in enumerate(_split(sizes.members)):  # images of all members at once would fill the memory
+            members = _recorded(schema, people, start + 1 + number, profile, shift, pattern)
+            rows_of = encode_rows(schema, members, sizes.bins).codes_BC
+            parts.append((bank.encode(members).as_dict(), rows_of, levels_of(schema, members, FACTOR)))
+        tokens = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
+        sites.append(TokenBatch.from_dict(tokens))
+        codes.append(np.concatenate([part[1] for part in parts]))
+        levels.append(torch.cat([part[2] for part in parts]))
     held_out = PatientBatch.concat(left)
     return World(
         sites=tuple(sites),
         codes=tuple(codes),
+        levels=tuple(levels),
+        public=bank.encode(public),
+        public_levels=levels_of(schema, public, FACTOR),
         held_out=bank.encode(held_out),
         correlations=measured(schema, held_out),
         public_codes=rows.codes_BC,
@@ -251,11 +269,18 @@ def _make_world(bank: CodecBank, sizes: Sizes, seed: int, shift: Shift) -> World
     )
 
 
+def _split(people: int) -> list[int]:
+    """``people`` in parts of at most :data:`AT_ONCE`."""
+    return [min(AT_ONCE, people - start) for start in range(0, people, AT_ONCE)]
+
+
 def _to_bytes(made: World) -> bytes:
     arrays = {f"held_out/{name}": value for name, value in made.held_out.as_dict().items()}
-    for k, (tokens, codes) in enumerate(zip(made.sites, made.codes, strict=True)):
+    arrays |= {f"public/{name}": value for name, value in made.public.as_dict().items()}
+    arrays["public_levels"] = made.public_levels
+    for k, (tokens, codes, levels) in enumerate(zip(made.sites, made.codes, made.levels, strict=True)):
         arrays |= {f"site/{k}/{name}": value for name, value in tokens.as_dict().items()}
-        arrays[f"codes/{k}"] = torch.from_numpy(codes)
+        arrays |= {f"codes/{k}": torch.from_numpy(codes), f"levels/{k}": levels}
     for name in ("correlations", "public_codes", "positions"):
         arrays[name] = torch.from_numpy(np.ascontiguousarray(getattr(made, name)))
     tables = json.dumps({"domain": made.domain, "queries": made.queries, "sites": len(made.sites)})
@@ -273,6 +298,9 @@ def _from_bytes(body: bytes) -> World:
     return World(
         sites=tuple(tokens(f"site/{k}/") for k in range(tables["sites"])),
         codes=tuple(arrays[f"codes/{k}"].numpy() for k in range(tables["sites"])),
+        levels=tuple(arrays[f"levels/{k}"] for k in range(tables["sites"])),
+        public=tokens("public/"),
+        public_levels=arrays["public_levels"],
         held_out=tokens("held_out/"),
         correlations=arrays["correlations"].numpy(),
         public_codes=arrays["public_codes"].numpy(),

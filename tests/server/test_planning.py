@@ -64,6 +64,22 @@ def test_codecs_are_calibrated_together_with_the_core() -> None:
         dp_plan(config(codec={"slots": ["mri"]}), demo_schema(), FACTS)
 
 
+def test_prototypes_are_one_release_over_all_image_slots_and_need_public_codecs() -> None:
+    schema = demo_schema()
+    plan = dp_plan(config(prototypes={"enabled": True}), schema, FACTS)
+    assert names(plan) == ["marginals", "recentre", "prototypes", "core"]
+    assert plan.epsilon <= 8.0
+    assert plan.training("core").sigma > dp_plan(config(), schema, FACTS).training("core").sigma
+    # by default a slot's bound is the bound of recentring over root 3; three slots, root 2 for vector and presence
+    assert plan.query("prototypes").sensitivity == pytest.approx(2.5 * math.sqrt(2.0))
+    bounded = dp_plan(config(prototypes={"enabled": True, "bound": 2.0}), schema, FACTS)
+    assert bounded.query("prototypes").sensitivity == pytest.approx(2.0 * math.sqrt(6.0))
+    with pytest.raises(ValueError, match="unknown factor 'grade'"):
+        dp_plan(config(prototypes={"enabled": True, "factor": "grade"}), schema, FACTS)
+    with pytest.raises(ValueError, match="turn one of the two off"):
+        dp_plan(config(prototypes={"enabled": True}, codec={"slots": ["mri"]}), autoencoder_schema(), FACTS)
+
+
 def test_stages_that_a_study_lacks_cost_nothing() -> None:
     schema = demo_schema()
     images = Schema(name="films", slots=tuple(slot for slot in schema.slots if slot.name == "cxr"))

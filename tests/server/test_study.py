@@ -14,6 +14,7 @@ KEYS = {
     "codec": {"slots", "rounds", "steps", "spare_rounds", "sampling_rate", "learning_rate", "clip", "draws", "average"},
     "table": {"prior", "bins", "sigma", "pairs", "spare_rounds"},
     "recentre": {"enabled", "sigma", "bound", "spare_rounds"},
+    "prototypes": {"enabled", "factor", "sigma", "bound", "spare_rounds", "steps", "learning_rate"},
     "core": {
         "group", "lora_rank", "rounds", "steps", "spare_rounds", "sampling_rate", "learning_rate", "clip", "draws", "average",
     },

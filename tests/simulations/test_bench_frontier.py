@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from medgen_models.assembly import assemble
 from medgen_models.pretrain import PublicModel
 from privacy.noise import test_noise as known_noise
 from server.planning import CORE, MARGINALS, RECENTRE
@@ -17,6 +18,7 @@ from simulations.benchmarks.frontier import CELLS, CENTRE, read_results
 from simulations.benchmarks.frontier_cell import Cell, plan_of, run_cell, sites_of
 from simulations.benchmarks.frontier_plot import on_curve
 from simulations.benchmarks.frontier_world import Sizes, World, frontier_schema, shift_tokens
+from simulations.phantom_population import Profile
 
 MICRO = Sizes(
     public=80,
@@ -73,8 +75,9 @@ def test_the_mean_shift_is_a_constant_and_the_shape_only_shift_keeps_the_mean() 
     assert set(pattern) == {"mri.a", "pet.fdg", "cxr.current"}
     assert all(float(value.abs().max()) > 0.05 for value in pattern.values())
     plain, mean, shape = (
-        frontier_world._recorded(schema, 50, 9, frontier_world.Profile(), shift, own)
-        for shift, own in (("mean", {}), ("mean", pattern), ("shape", pattern))
+        frontier_world._recorded(schema, 50, 9, Profile(), "mean", {}),
+        frontier_world._recorded(schema, 50, 9, Profile(), "mean", pattern),
+        frontier_world._recorded(schema, 50, 9, Profile(), "shape", pattern),
     )
     for i, key in enumerate(schema.keys()):
         if key not in pattern:
@@ -148,7 +151,7 @@ def test_without_noise_recentring_takes_the_hospitals_mean_away(public: PublicMo
     sites = sites_of(cell, mean_world)
     state = frontier_cell._recentre(plan, cell, sites, public, known_noise("x", "y", "recentre", 0, 0))
     assert set(state) == {"mean/mri", "mean/pet", "mean/cxr"}
-    model = frontier_cell.assemble(public, state, "all", frontier_cell.RANK)
+    model = assemble(public, state, "all", frontier_cell.RANK)
     after = shift_tokens(mean_world.held_out, public.bank, frontier_cell.moved(public, model))
     for name in ("mri.a", "pet.fdg", "cxr.current"):
         i = public.layout.place(name)
@@ -166,7 +169,7 @@ def test_private_training_moves_the_group_that_it_names_alone(public: PublicMode
     for group in ("all", "attention", "lora"):
         cell = Cell("x", group=group, recentred=False)
         plan = plan_of(cell, MICRO, public, mean_world)
-        start = frontier_cell.assemble(public, {}, group, frontier_cell.RANK).core_weights()
+        start = assemble(public, {}, group, frontier_cell.RANK).core_weights()
         state = frontier_cell._train(
             plan, cell, sites_of(cell, mean_world), public, {}, known_noise("x", "y", "core", 0, 0)
         )

@@ -30,6 +30,7 @@ def test_the_surface_is_frozen() -> None:
         "deterministic",
         "dp",
         "format",
+        "prototypes",
         "public_model",
         "quantisation",
         "recentre",
