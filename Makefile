@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 # Idle threads sleep instead of spinning: two shared cores are the machine this is built for.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint types unit accept-path clean install
+.PHONY: demo test lint types unit accept-path accept-privacy clean install
 
 install: $(VENV)/.installed
 
@@ -38,6 +38,9 @@ unit: install
 
 accept-path: install
 	$(BIN)/python tests/acceptance/path.py $(if $(LINES),--lines $(LINES))
+
+accept-privacy: install
+	$(BIN)/python tests/acceptance/privacy.py $(if $(LINES),--lines $(LINES)) $(if $(WORK),--work $(WORK))
 
 clean:
 	rm -rf runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,7 +8,6 @@ network; the whole walk takes about an hour on two cores.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -17,40 +16,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from walk import QUIET, ROOT, Shortfall, Skipped, sh, walk
+
 BIN = Path(sys.executable).parent
 SMALL = (
     "public.steps=60", "public.patients=200", "public.reference=150", "hospitals.share=0.2",
     "study.core.rounds=2", "study.core.steps=6", "study.release.patients=24",
 )  # fmt: skip
-QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-class Shortfall(Exception):
-    """The line is not met; the text says by how much."""
-
-
-class Skipped(Exception):
-    """The line cannot be checked here; the text says why."""
-
-
-def sh(
-    command: list[str], cwd: Path = ROOT, timeout: float = 5400, ok: bool = True
-) -> subprocess.CompletedProcess[str]:
-    """Run a command and keep its output; a failure is a shortfall with the last lines."""
-    done = subprocess.run(
-        command, cwd=cwd, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=timeout, check=False
-    )
-    if ok and done.returncode != 0:
-        raise Shortfall(
-            f"`{' '.join(command[:4])} …` ended with {done.returncode}: {(done.stdout + done.stderr)[-800:]}"
-        )
-    return done
 
 
 def simulate(work: Path, *words: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
@@ -270,26 +246,6 @@ def line_8(work: Path) -> str:
     return f"all sections there; {len(listed)} files named, all exist"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lines", default=os.environ.get("LINES_TO_WALK", "1,2,3,4,5,6,7,8"))
-    parser.add_argument("--work", type=Path)
-    options = parser.parse_args()
-    work = options.work or Path(tempfile.mkdtemp(prefix="medgen-accept-"))
-    work.mkdir(parents=True, exist_ok=True)
-    worst = 0
-    for number in (int(word) for word in options.lines.split(",")):
-        check = globals()[f"line_{number}"]
-        started = time.monotonic()
-        try:
-            verdict, text = "PASS", check(work)
-        except Shortfall as error:
-            verdict, text, worst = "SHORT", str(error), 1
-        except Skipped as error:
-            verdict, text = "SKIP", str(error)
-        print(f"{number}. {verdict:<5} {check.__doc__}\n   {text}  [{time.monotonic() - started:.0f} s]", flush=True)
-    return worst
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    lines = {str(number): globals()[f"line_{number}"] for number in range(1, 9)}
+    sys.exit(walk(lines, __doc__, os.environ.get("LINES_TO_WALK", ",".join(lines))))
