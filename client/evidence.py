@@ -33,6 +33,7 @@ from privacy.boundary.messages import RoundTask
 from privacy.boundary.plan import StudyPlan
 from privacy.boundary.refusals import Refused
 from privacy.ledger import UncoveredToken
+from privacy.tokens import need_charge
 
 Floats = NDArray[np.float64]
 COPY_TOLERANCE = 1e-3  # root mean square of token differences, in units of their public spread
@@ -53,7 +54,9 @@ def audit(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: Uncovered
 
     Raises:
         Refused: ``PARTS_MISSING`` or ``BAD_MESSAGE`` if the cohort is not what its manifest says.
+        PermissionError: ``token`` is not the charge of this very task.
     """
+    need_charge(token, UncoveredToken, task.plan_hash, task.digest())
     torch.set_num_threads(config.speed.threads or 1)
     model = model_of(config.folder, plan, task)
     records = read_records(config, plan, model, token)

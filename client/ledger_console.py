@@ -71,7 +71,7 @@ def _print_plan(console: Console, plan: PlanSummary) -> None:
         table.add_row(stage.name, *map(str, begun), str(stage.spares_used), str(left), alone)
     console.print(table)
     for query, times in plan.uncovered.items():
-        console.print(f"  not covered by epsilon: {query}, answered {times} times")
+        console.print(f"  not covered by epsilon: {query}, counted {times} times")
 
 
 def print_verification(folder: Path) -> int:

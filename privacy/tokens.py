@@ -60,3 +60,15 @@ class LocalToken(_Token):
 
 
 AccessToken = DpToken | UncoveredToken | LocalToken
+
+
+def need_charge(token: object, kind: type[DpToken] | type[UncoveredToken], plan_hash: str, digest: str) -> None:
+    """Refuse to compute what leaves a site unless ``token`` is of this kind and was charged for this very task.
+
+    Raises:
+        PermissionError: it is leave for local work, for the other kind, or for another task.
+    """
+    if type(token) is not kind or (token.plan_hash, token.digest) != (plan_hash, digest):
+        raise PermissionError(
+            f"expected the {kind.__name__} of this task, got {type(token).__name__}; ask the ledger to charge the task"
+        )

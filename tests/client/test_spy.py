@@ -314,7 +314,10 @@ def test_planted_a_private_stage_reads_as_if_it_stayed_at_the_site(
         return self.local("site check")
 
     monkeypatch.setattr(Ledger, "intend", local)
-    assert "LocalToken was shown where DpToken is declared" in planted(study, spy)
+    assert planted(study, spy) == ""
+    assert "PermissionError" in (study.site(SITE) / "agent.log").read_text()  # the round itself refuses such a token
+    monkeypatch.setattr(rounds, "need_charge", lambda *_: None)
+    assert "LocalToken was shown where DpToken is declared" in planted(study, spy, attempt=1)
 
 
 def test_planted_a_record_is_opened_before_the_intent_is_on_disk(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from privacy.boundary.refusals import Refused
 from privacy.ledger import DpToken, Ledger, LocalToken, UncoveredToken
 from privacy.plan import Ceilings, DPPlan, QueryStage, TrainingStage
+from privacy.tokens import need_charge
 
 P, Q, A, B = "a" * 64, "b" * 64, "c" * 64, "d" * 64
 CEILINGS = Ceilings(plan_epsilon=8.0, lifetime_epsilon=20.0, delta=1e-5)
@@ -309,6 +312,24 @@ def test_local_reads_are_recorded_and_spend_nothing(tmp_path: Path) -> None:
         assert ledger.rows()[-1].data() == {"purpose": "site check"}
 
 
+def test_what_leaves_needs_the_charge_of_its_own_task(ledger: Ledger) -> None:
+    ledger.reserve(P, PLAN, CEILINGS, 100)
+    charged, counted = ledger.intend(P, "core", 0, A), ledger.uncovered(P, "audit", 2, A)
+    need_charge(charged, DpToken, P, A)
+    need_charge(counted, UncoveredToken, P, A)
+    for token, kind, plan, digest in (
+        (ledger.local("check"), DpToken, P, A),
+        (ledger.local("check"), UncoveredToken, P, A),
+        (counted, DpToken, P, A),
+        (charged, UncoveredToken, P, A),
+        (charged, DpToken, P, B),
+        (charged, DpToken, Q, A),
+        (None, DpToken, P, A),
+    ):
+        with pytest.raises(PermissionError, match="ask the ledger"):
+            need_charge(token, kind, plan, digest)  # type: ignore[arg-type]
+
+
 def test_only_a_ledger_makes_tokens(ledger: Ledger) -> None:
     for forged in (
         lambda: DpToken("north", 2, None, P, "core", 0, A, 100),
@@ -318,6 +339,9 @@ def test_only_a_ledger_makes_tokens(ledger: Ledger) -> None:
         with pytest.raises(PermissionError, match="only a ledger"):
             forged()
     token = ledger.local("check")
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="not picklable"):
+            copied(token)
     with pytest.raises((PermissionError, ValueError)):
         dataclasses.replace(token, purpose="training")
     with pytest.raises(dataclasses.FrozenInstanceError):
