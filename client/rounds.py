@@ -24,6 +24,7 @@ from client.sitemodel import model_of
 from client.speed import speed_for
 from medgen_models.adapters import group_of
 from medgen_models.assembly import StudyModel
+from medgen_models.description import describe
 from medgen_models.flow import draw, make_unit_loss, make_units
 from medgen_models.prototypes import factor_of, levels_of, slot_vectors
 from medgen_models.schema import Schema
@@ -39,6 +40,7 @@ from privacy.marginals import bounded_mean_sum, noisy_marginals
 from privacy.noise import NoiseSource, system_noise, test_noise
 from privacy.plan import QueryStage, TrainingStage
 from privacy.statistics import noisy_prototypes
+from privacy.summary import noisy_summary
 from privacy.tokens import need_charge
 from privacy.training import Prepare, train_round
 
@@ -57,6 +59,8 @@ def compute(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken
     torch.set_num_threads(config.speed.threads or 1)
     noise = noise_for(config, plan, task)
     match task.stage:
+        case "statistics":
+            return _statistics(config, plan, token, noise), plan.quantisation.statistic
         case "marginals":
             return _marginals(config, plan, token, noise), plan.quantisation.statistic
         case "recentre":
@@ -102,6 +106,16 @@ def read_records(config: SiteConfig, plan: StudyPlan, model: StudyModel | None, 
     if config.policy.bad_record == "refuse" and any(problem.patient for problem in records.problems):
         raise Refused("SITE_UNAVAILABLE", "policy refuses a site with bad records", "run `medgen site check`")
     return records
+
+
+def _statistics(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: NoiseSource) -> Vectors:
+    """The plan's descriptive table as one noised vector, one row per patient."""
+    asked = plan.statistics
+    assert asked is not None
+    records = read_records(config, plan, None, token)
+    schema = Schema.model_validate(plan.study_schema)
+    values, flags = describe(schema, records.members, [column.name for column in asked.columns], asked.present)
+    return {"statistics": noisy_summary(values, flags, asked.layout, _query(plan, "statistics").sigma, noise)}
 
 
 def _marginals(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: NoiseSource) -> Vectors:

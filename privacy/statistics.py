@@ -13,7 +13,10 @@ statistic of several sites is the sum of their answers.
     prototypes       :func:`noisy_prototypes`       bound sqrt(2)            :func:`prototype_means`
     ================ ============================== ======================== ===========================================
 
-Tables of counts and the choice of tables are in :mod:`privacy.marginals`.
+Tables of counts and the choice of tables are in :mod:`privacy.marginals`. A plan can ask for counts, moments and bins
+together (stage ``statistics``, :mod:`privacy.summary`), for tables (``marginals``), for a sum of mean tokens
+(``recentre``) and for prototypes (``prototypes``). Latent scale and the choice of tables have no stage yet: scales are
+public, and tables are chosen on a public population.
 
 Covered
     * Zeroing one patient moves the exact answer by at most the named sensitivity, whatever that patient holds, and some

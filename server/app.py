@@ -34,7 +34,7 @@ def run_study(grid: Grid, context: Context) -> str:
     from medgen_models.assembly import StudyModel, assemble
     from medgen_models.pretrain import PublicModel
     from medgen_models.table_prior import variables
-    from server import auditing, publishing, stages
+    from server import auditing, description, publishing, stages
     from server.events import EventLog
     from server.runfolder import RunFolder
     from server.session import gather, open_session
@@ -48,6 +48,7 @@ def run_study(grid: Grid, context: Context) -> str:
 
     sites = gather(session)
     domain = [len(column.levels) for column in variables(session.schema, session.config.table.bins)]
+    description.statistics(session, sites)
     counts = stages.marginals(session, sites, domain)
     state = stages.codecs(session, sites, model({}), {})
     state = stages.recentre(session, sites, model(state), state)

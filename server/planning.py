@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from medgen_models.description import numeric_columns
 from medgen_models.prototypes import factor_of
 from medgen_models.schema import IMAGE_KINDS, Schema
 from privacy.audit.validity import BLIND_THRESHOLDS
+from privacy.boundary.description import NumericColumn, Statistics
 from privacy.boundary.plan import (
     Attack,
     Audit,
@@ -31,10 +33,12 @@ from privacy.boundary.plan import (
 from privacy.marginals import marginals_sensitivity
 from privacy.plan import DPPlan, QueryStage, TrainingStage, largest_delta
 from privacy.statistics import prototypes_sensitivity
+from privacy.summary import summary_sensitivity
 from server.study import StudyConfig, TrainingConfig
 
 CORE, CODEC, MARGINALS, RECENTRE, AUDIT = "core", "codec", "marginals", "recentre", "audit"
 PROTOTYPES = "prototypes"
+STATISTICS = "statistics"
 # Log-loss and log-distance ratios of one patient lie within a few units of 0; a tenth of a unit resolves their order.
 LOSS_THRESHOLDS = tuple(round(-8.0 + 0.1 * i, 10) for i in range(161))
 RATIO_THRESHOLDS = tuple(round(-2.0 + 0.025 * i, 10) for i in range(161))
@@ -93,6 +97,7 @@ def build_plan(
             lora_rank=config.core.lora_rank if config.core.group == "lora" else 0,
             learning_rate=config.core.learning_rate,
         ),
+        statistics=_description(config, schema) if STATISTICS in _names(dp) else None,
         table=Table(slot=table.name, bins=config.table.bins, marginals=facts.marginals)
         if table is not None and MARGINALS in _names(dp)
         else None,
@@ -129,6 +134,16 @@ def dp_plan(config: StudyConfig, schema: Schema, facts: PublicFacts) -> DPPlan:
         unknown = set(config.codec.slots) - {slot.name for slot in schema.slots if slot.codec == "vae"}
         if unknown:
             raise ValueError(f"study.codec.slots: {sorted(unknown)} have no vae codec in the schema; remove them")
+    if config.statistics.enabled:
+        layout = _description(config, schema).layout
+        stages.append(
+            QueryStage(
+                name=STATISTICS,
+                sigma=config.statistics.sigma,
+                sensitivity=summary_sensitivity(layout.columns, layout.flags),
+                spare_rounds=config.statistics.spare_rounds,
+            )
+        )
     if schema.table() is not None and config.table.prior == "marginals":
         stages.append(
             QueryStage(
@@ -178,6 +193,12 @@ def _prototypes(config: StudyConfig, schema: Schema, facts: PublicFacts) -> Quer
 def _prototype_bound(config: StudyConfig, schema: Schema, facts: PublicFacts) -> float:
     """L2 bound of a patient's mean token vector of one slot."""
     return config.prototypes.bound or facts.recentre_bound / math.sqrt(len(_image_slots(schema)))
+
+
+def _description(config: StudyConfig, schema: Schema) -> Statistics:
+    """All numeric columns of the table in their public ranges, and the presence of every instance."""
+    columns = tuple(NumericColumn(name=c.name, low=c.low, high=c.high) for c in numeric_columns(schema))
+    return Statistics(columns=columns, present=schema.keys(), bins=config.statistics.bins)
 
 
 def _training(name: str, config: TrainingConfig, public_norm: float) -> TrainingStage:

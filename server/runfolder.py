@@ -68,6 +68,11 @@ class RunFolder:
         return self.path / "public-patients.safetensors"
 
     @property
+    def statistics(self) -> Path:
+        """The descriptive table of all members, noised; there for a study that asks for it."""
+        return self.path / "statistics.json"
+
+    @property
     def hospitals(self) -> Path:
         """Generated hospitals of a simulation."""
         return self.path / "hospitals"

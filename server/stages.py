@@ -35,7 +35,7 @@ def marginals(session: Session, sites: Sequence[str], domain: Sequence[int]) -> 
         return None
     shapes = {query: tuple(domain[column] for column in query) for query in table.marginals}
     group = f"table/{table.slot}"
-    stored = _query_round(session, sites, MARGINALS, {}, {group: sum(int(np.prod(s)) for s in shapes.values())})
+    stored = query_round(session, sites, MARGINALS, {}, {group: sum(int(np.prod(s)) for s in shapes.values())})
     flat = stored.get(group)
     if flat is None:
         raise StudyError("the marginals of the table could not be opened; resume when more sites are there")
@@ -53,7 +53,7 @@ def recentre(session: Session, sites: Sequence[str], model: StudyModel, state: S
         return state
     groups = session.plan.groups(RECENTRE)
     lengths = {name: model.mean_length(name.removeprefix("mean/")) for name in groups}
-    stored = _query_round(session, sites, RECENTRE, state, lengths)
+    stored = query_round(session, sites, RECENTRE, state, lengths)
     found: State = {}
     for name, total in stored.items():
         slot = name.removeprefix("mean/")
@@ -95,7 +95,7 @@ def prototypes(session: Session, sites: Sequence[str], public: PublicModel, mode
     levels = len(factor_of(session.schema, asked.factor).levels)
     names = session.plan.groups(PROTOTYPES)
     lengths = {name: levels * model.mean_length(name.removeprefix("prototype/")) for name in names}
-    stored = _query_round(session, sites, PROTOTYPES, state, lengths)
+    stored = query_round(session, sites, PROTOTYPES, state, lengths)
     patients = PublicPatients.from_bytes(session.folder.public_patients.read_bytes())
     shift = {}
     for name, total in stored.items():
@@ -190,7 +190,7 @@ def running_mean(mean: State, current: State, names: Sequence[str], decay: float
     }
 
 
-def _query_round(
+def query_round(
     session: Session, sites: Sequence[str], stage: str, state: State, lengths: Mapping[str, int]
 ) -> dict[str, NDArray[np.float64]]:
     """One noised statistic, asked once; its opened sums by group."""

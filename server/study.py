@@ -126,6 +126,21 @@ class PrototypesConfig(_Public):
     learning_rate: float = Field(default=1e-3, gt=0)
 
 
+class StatisticsConfig(_Public):
+    """A descriptive table of all members: one DP query, written to the run folder as ``statistics.json``.
+
+    Attributes:
+        sigma, spare_rounds: of the query. The noise on every count is sigma times the root of 3.25 per numeric column
+            and 1 per instance, in patients, at each site.
+        bins: public bins of a column's range, for its quantiles.
+    """
+
+    enabled: bool = False
+    sigma: float = Field(default=20.0, gt=0)
+    bins: int = Field(default=16, ge=2, le=1024)
+    spare_rounds: int = Field(default=1, ge=0)
+
+
 class ReleaseConfig(_Public):
     """The synthetic cohort."""
 
@@ -168,6 +183,7 @@ class StudyConfig(_Public):
     seed: int = Field(default=1, ge=0)
     privacy: PrivacyConfig = PrivacyConfig()
     codec: CodecConfig = CodecConfig()
+    statistics: StatisticsConfig = StatisticsConfig()
     table: TableConfig = TableConfig()
     recentre: RecentreConfig = RecentreConfig()
     prototypes: PrototypesConfig = PrototypesConfig()

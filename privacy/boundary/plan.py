@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
 
+from privacy.boundary.description import Statistics
 from privacy.boundary.refusals import Refused
 from privacy.chain import canonical
 from privacy.identity import verify
@@ -209,6 +210,7 @@ class StudyPlan(_Public):
     coordinator_key: Hex32
     dp: dict[str, JsonValue]
     training: Training
+    statistics: Statistics | None = None
     table: Table | None = None
     recentre: Recentre | None = None
     prototypes: Prototypes | None = None
@@ -301,6 +303,8 @@ class StudyPlan(_Public):
         """
         slots = sorted(_declared_slots(self.study_schema))
         match stage:
+            case "statistics" if self.statistics is not None:
+                names = ["statistics"]
             case "marginals" if self.table is not None:
                 names = [f"table/{self.table.slot}"]
             case "recentre" if self.recentre is not None:

@@ -12,6 +12,7 @@ KEYS = {
     "seed": None,
     "privacy": {"epsilon", "delta"},
     "codec": {"slots", "rounds", "steps", "spare_rounds", "sampling_rate", "learning_rate", "clip", "draws", "average"},
+    "statistics": {"enabled", "sigma", "bins", "spare_rounds"},
     "table": {"prior", "bins", "sigma", "pairs", "spare_rounds"},
     "recentre": {"enabled", "sigma", "bound", "spare_rounds"},
     "prototypes": {"enabled", "factor", "sigma", "bound", "spare_rounds", "steps", "learning_rate"},

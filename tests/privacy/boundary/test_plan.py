@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from privacy.boundary.description import Statistics
 from privacy.boundary.plan import RosterEntry, StudyPlan, plan_hash
 from privacy.boundary.refusals import Refused
 from privacy.identity import MaskingKey
+from privacy.summary import Layout
 
 MakePlan = Callable[..., StudyPlan]
 
@@ -36,6 +38,7 @@ def test_the_surface_is_frozen() -> None:
         "recentre",
         "release",
         "roster",
+        "statistics",
         "study",
         "study_schema",
         "table",
@@ -51,6 +54,37 @@ def test_the_surface_is_frozen() -> None:
         "n_decl",
         "slots",
     ]
+
+
+COLUMN = {"name": "age", "low": 0.0, "high": 120.0}
+
+
+def test_a_descriptive_table_is_asked_of_every_site(wall_plan: MakePlan) -> None:
+    plan = wall_plan(statistics={"columns": [COLUMN], "present": ["mri.a"], "bins": 4})
+    assert plan.groups("statistics") == ("statistics",)
+    assert plan.owners("statistics") == tuple(sorted(plan.roster))
+    assert plan.statistics is not None
+    assert plan.statistics.layout == Layout(low=(0.0,), high=(120.0,), bins=4, flags=1)
+    assert StudyPlan.from_bytes(plan.canonical()) == plan
+    with pytest.raises(Refused):
+        wall_plan().groups("statistics")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"columns": [], "present": [], "bins": 4},
+        {"columns": [COLUMN, COLUMN], "present": [], "bins": 4},
+        {"columns": [COLUMN], "present": ["mri", "mri"], "bins": 4},
+        {"columns": [COLUMN | {"high": 0.0}], "present": [], "bins": 4},
+        {"columns": [COLUMN | {"high": float("nan")}], "present": [], "bins": 4},
+        {"columns": [COLUMN], "present": [], "bins": 1},
+        {"columns": [COLUMN], "present": [], "bins": 4, "rows": 3},
+    ],
+)
+def test_a_descriptive_table_that_asks_for_nothing_or_twice_is_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Statistics.model_validate(asked)
 
 
 def test_canonical_bytes_round_trip_and_name_the_plan(wall_plan: MakePlan) -> None:
