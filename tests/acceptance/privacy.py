@@ -22,7 +22,7 @@ BIN = Path(sys.executable).parent
 Check = Callable[[Path], str]
 
 
-def tests(says: str, *places: str, marker: str | None = None) -> Check:
+def suite(says: str, *places: str, marker: str = "") -> Check:
     """A line that runs these test files, or the tests of them that ``::name`` names."""
 
     def check(work: Path) -> str:
@@ -94,81 +94,103 @@ def gpu(work: Path) -> str:
     raise Shortfall("a GPU is here, and the benchmark times the CPU only")
 
 
-def edges(work: Path) -> str:
-    """Sharp edges page: every entry has a class, a prevention and a test that exists."""
-    text = (ROOT / "docs" / "sharp-edges.md").read_text(encoding="utf-8")
-    entries = re.split(r"^\*\*\d+\. ", text, flags=re.MULTILINE)[1:]
-    bare = [entry.splitlines()[0][:60] for entry in entries if "- Test" not in entry and "No test yet" not in entry]
-    named = re.findall(r"`((?:[a-z_]+/)+test_[a-z_]+\.py)(?:::(test_\w+))?`|`::(test_\w+)`", text)
-    gone, file = [], ""
-    for path, name, more in named:
-        file = path or file
-        source = ROOT / "tests" / file
-        if not source.is_file():
-            gone.append(file)
-        elif (name or more) and f"def {name or more}(" not in source.read_text(encoding="utf-8"):
-            gone.append(f"{file}::{name or more}")
-    if bare or gone:
-        raise Shortfall(f"without a test: {bare}; named and not there: {sorted(set(gone))}")
-    return f"{len(entries)} entries, {len(named)} tests named, all there"
-
-
 def promise(work: Path) -> str:
     """README's promise and the report's statement are generated from what plan and ledger say."""
     sh([sys.executable, "-m", "simulations.promise", "--check"])
-    return "README is what plan and ledger say; " + tests(
+    return "README is what plan and ledger say; " + suite(
         "", "tests/simulations/test_promise.py", "tests/server/release/test_report.py"
     )(work)
 
 
 PRIVACY = "tests/privacy"
 LINES: dict[str, Check] = {
-    "plan": tests(
+    "plan": suite(
         "DPPlan: frozen, calibrated jointly, PLD checked by PRV, two ceilings, statement, trials, trade-off curve",
-        f"{PRIVACY}/test_plan.py", f"{PRIVACY}/test_accounting.py", f"{PRIVACY}/test_trials.py",
-        f"{PRIVACY}/audit/test_tradeoff.py", "tests/server/test_planning.py",
+        f"{PRIVACY}/test_plan.py",
+        f"{PRIVACY}/test_accounting.py",
+        f"{PRIVACY}/test_trials.py",
+        f"{PRIVACY}/audit/test_tradeoff.py",
+        "tests/server/test_planning.py",
     ),
-    "unit": tests(
+    "unit": suite(
         "Patient as unit: draws, visits and slots in one gradient; two ids of one identity are one patient",
-        "tests/medgen_models/test_flow.py", "tests/client/records",
+        "tests/medgen_models/test_flow.py",
+        "tests/client/records",
     ),
-    "training": tests("Training: Poisson, constants, chunks, empty batches, silence, no state left behind", f"{PRIVACY}/test_training.py"),
-    "engines": tests(
+    "training": suite(
+        "Training: Poisson, constants, chunks, empty batches, silence, no state left behind",
+        f"{PRIVACY}/test_training.py",
+    ),
+    "engines": suite(
         "Gradient engines behind one contract, measured once; ghost, ew, adaptive, GDP refused with the reason",
-        f"{PRIVACY}/test_gradients.py", "tests/client/test_speed.py", "tests/simulations/test_bench_dp_step.py",
+        f"{PRIVACY}/test_gradients.py",
+        "tests/client/test_speed.py",
+        "tests/simulations/test_bench_dp_step.py",
     ),
-    "probe": tests(
+    "probe": suite(
         "Gradient probe: every network, layouts, draws, missing slots, batch 0/1/3; what is unsound is refused by name",
-        f"{PRIVACY}/test_probe.py", f"{PRIVACY}/test_probe_networks.py",
+        f"{PRIVACY}/test_probe.py",
+        f"{PRIVACY}/test_probe_networks.py",
     ),
-    "noise": tests("Noise and sampling from ChaCha20 keyed by the operating system", f"{PRIVACY}/test_noise.py", f"{PRIVACY}/test_discrete_gaussian.py"),
-    "ledger": tests(
+    "noise": suite(
+        "Noise and sampling from ChaCha20 keyed by the operating system",
+        f"{PRIVACY}/test_noise.py",
+        f"{PRIVACY}/test_discrete_gaussian.py",
+    ),
+    "ledger": suite(
         "Ledger: intent, commit, spares, blocks, ceilings, rollback, restore, forecast, export, heads, withdrawal",
-        f"{PRIVACY}/test_ledger.py", f"{PRIVACY}/test_lifetime.py", f"{PRIVACY}/test_restore.py", f"{PRIVACY}/test_spendfile.py",
-        f"{PRIVACY}/test_summary.py", f"{PRIVACY}/test_chain.py", "tests/client/test_ledger_console.py",
-        "tests/client/test_withdraw.py", "tests/client/test_policy.py", "tests/client/test_agent.py", "tests/client/test_outbox.py",
+        f"{PRIVACY}/test_ledger.py",
+        f"{PRIVACY}/test_lifetime.py",
+        f"{PRIVACY}/test_restore.py",
+        f"{PRIVACY}/test_spendfile.py",
+        f"{PRIVACY}/test_summary.py",
+        f"{PRIVACY}/test_chain.py",
+        "tests/client/test_ledger_console.py",
+        "tests/client/test_withdraw.py",
+        "tests/client/test_policy.py",
+        "tests/client/test_agent.py",
+        "tests/client/test_outbox.py",
     ),
-    "durability": tests("Kill -9, full disk, locked file, clock gone backwards, two processes: the short form", "tests/client/test_durability.py", f"{PRIVACY}/test_spendfile.py"),
-    "exhaustive": tests("Kill -9 at 200 random instants: never lost, never double-spent, the study resumes", "tests/client/test_durability.py", marker="exhaustive"),
-    "statistics": tests("Statistics under DP through the same ledger", f"{PRIVACY}/test_statistics.py", f"{PRIVACY}/test_marginals.py"),
-    "spy": tests("A spy dataset walks every code path and fails on an undeclared read", "tests/client/test_spy.py"),
-    "levers": tests(
+    "durability": suite(
+        "Kill -9, full disk, locked file, clock gone backwards, two processes: the short form",
+        "tests/client/test_durability.py",
+        f"{PRIVACY}/test_spendfile.py",
+    ),
+    "exhaustive": suite(
+        "Kill -9 at 200 random instants: never lost, never double-spent, the study resumes",
+        "tests/client/test_durability.py",
+        marker="exhaustive",
+    ),
+    "statistics": suite(
+        "Statistics under DP through the same ledger", f"{PRIVACY}/test_statistics.py", f"{PRIVACY}/test_marginals.py"
+    ),
+    "spy": suite("A spy dataset walks every code path and fails on an undeclared read", "tests/client/test_spy.py"),
+    "levers": suite(
         "Levers wired to plans: draws, EMA, recentring, prototypes, public pre-training, trained group and clip, trials",
-        "tests/server/test_stages.py", "tests/server/test_warmup.py", "tests/medgen_models/test_prototypes.py",
-        "tests/medgen_models/test_adapters.py", "tests/medgen_models/test_pretrain.py",
+        "tests/server/test_stages.py",
+        "tests/server/test_warmup.py",
+        "tests/medgen_models/test_prototypes.py",
+        "tests/medgen_models/test_adapters.py",
+        "tests/medgen_models/test_pretrain.py",
     ),
-    "shared-noise": tests("Distributed noise: a benchmarked prototype that no plan can name", f"{PRIVACY}/test_shared_noise.py"),
-    "soundness": tests("The ten soundness tests", f"{PRIVACY}/test_soundness.py", f"{PRIVACY}/test_canary_audit.py"),
-    "seeded-bugs": tests("Each seeded bug fails the test named for it", f"{PRIVACY}/test_seeded_bugs.py"),
-    "edges": edges,
+    "shared-noise": suite(
+        "Distributed noise: a benchmarked prototype that no plan can name", f"{PRIVACY}/test_shared_noise.py"
+    ),
+    "soundness": suite("The ten soundness tests", f"{PRIVACY}/test_soundness.py", f"{PRIVACY}/test_canary_audit.py"),
+    "seeded-bugs": suite("Each seeded bug fails the test named for it", f"{PRIVACY}/test_seeded_bugs.py"),
+    "edges": suite(
+        "Sharp edges page: every pitfall has a class, a prevention and a test that exists", "tests/test_docs.py"
+    ),
     "promise": promise,
     "canaries": bench("White-box canaries, 50,000 an arm: above 0.7 of the promise, never above it", "canaries"),
-    "accounting": bench("Fifty random schedules against an independent composition: never below, at most 1 % above", "accounting"),
+    "accounting": bench(
+        "Fifty random schedules against an independent composition: never below, at most 1 % above", "accounting"
+    ),
     "bench-shared": bench("Shared noise against full noise at each site", "shared-noise"),
     "dp-step": bench("Time and memory of a private step over a plain one", "dp-step"),
     "gpu": gpu,
     "frontier": frontier,
-}  # fmt: skip
+}
 
 if __name__ == "__main__":
     sys.exit(walk(LINES, __doc__, os.environ.get("LINES_TO_WALK", ",".join(LINES))))
