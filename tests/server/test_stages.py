@@ -118,6 +118,33 @@ def test_a_study_cut_between_rounds_ends_where_an_uncut_one_does(
     assert {site: cut.kinds(site) for site in study_sites} == before
 
 
+def test_the_running_mean_is_what_is_released_and_a_resumed_study_has_the_same(
+    study_plan: Callable[..., Any], study_edit: Callable[..., None], study_copy: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Sites go on from the last round's weights; the mean over rounds, kept beside them, is what the study ends with."""
+    study = study_plan(
+        tmp_path / "mean",
+        "study.execution.deterministic=true",
+        "study.core.average=0.75",
+        edit=lambda study: study_edit(study, "deterministic_noise = false", "deterministic_noise = true"),
+    )
+    state = study.train()
+    first, last = (study.session().checkpoints.load("core", number).arrays for number in (0, 1))
+    trained = [name.removeprefix("average:") for name in last if name.startswith("average:")]
+    assert set(trained) == {name for name in state if not name.startswith("mean/")}
+    for name in trained:
+        np.testing.assert_array_equal(first[f"average:{name}"], first[name])
+        np.testing.assert_allclose(state[name], 0.75 * first[name] + 0.25 * last[name], rtol=1e-6, atol=1e-7)
+    assert any(not np.array_equal(state[name], last[name]) for name in trained)
+    assert not any(name.startswith("average:") for name in state)
+    cut = study_copy(study, tmp_path / "cut")
+    (cut.folder.checkpoints / "core-0001.safetensors").unlink()
+    resumed = cut.train()
+    assert set(resumed) == set(state)
+    for name, value in state.items():
+        np.testing.assert_array_equal(value, resumed[name])
+
+
 def test_marginals_come_back_in_the_shape_of_their_columns(study_trained: Any) -> None:
     study, _ = study_trained
     session = study.session()
@@ -162,6 +189,7 @@ def test_a_stage_that_the_plan_lacks_is_skipped(study: Any) -> None:
     assert stages.marginals(bare, (), []) is None
     assert stages.recentre(bare, (), None, state) == state  # type: ignore[arg-type]
     assert stages.codecs(bare, (), None, state) == state  # type: ignore[arg-type]
+    assert stages.prototypes(bare, (), None, None, state) == state  # type: ignore[arg-type]
 
 
 def test_progress_names_the_epsilon_so_far_and_it_never_falls(study_finished: Any) -> None:
