@@ -88,7 +88,11 @@ class CodecBank:
 
     @torch.no_grad()
     def encode(self, batch: PatientBatch) -> TokenBatch:
-        """Tokens of ``batch``; absent instances are 0 with weight 0."""
+        """Tokens of ``batch``; absent instances are 0 with weight 0.
+
+        Absent instances are encoded like all others and then left out: the shapes of every computation depend on the number
+        of patients alone, so what one patient has or lacks does not change the last bits of another's tokens.
+        """
         out = TokenBatch.empty(self.layout, len(batch))
         z, weight = out.z_BVNW.clone(), out.weight_BVNW.clone()
         here_BVI = batch.present_BVI & batch.visit_BV[..., None]
@@ -97,9 +101,9 @@ class CodecBank:
             if not bool(here_BV.any()):
                 continue
             key, span, width = self.layout.keys[i], self.layout.span(i), self.layout.width_I[i]
-            codec, raw = self.codecs[slot.name], batch.values[self.layout.keys[i]][here_BV]
-            z[:, :, span, :width][here_BV] = codec.encode(raw) - self.centres.get(key, 0.0)
-            weight[:, :, span, :width][here_BV] = codec.weight(raw)
+            codec, raw = self.codecs[slot.name], batch.values[self.layout.keys[i]].flatten(0, 1)
+            z[:, :, span, :width][here_BV] = (codec.encode(raw) - self.centres.get(key, 0.0))[here_BV.flatten()]
+            weight[:, :, span, :width][here_BV] = codec.weight(raw)[here_BV.flatten()]
         factor = batch.factor_BVIF * here_BVI[..., None]
         gap = batch.gap_hours_BVI * here_BVI
         return TokenBatch(z, weight, here_BVI, factor, gap, batch.visit_BV)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -42,6 +44,26 @@ def test_decode_restores_tables_series_and_texts_and_leaves_absent_empty(
     assert bool(
         torch.isnan(back.values["ehr"][~models_public.present_BVI[:, :, models_bank.layout.place("ehr")]]).all()
     )
+
+
+@pytest.mark.parametrize("patients", [2, 3, 8, 66])
+def test_emptying_one_patient_leaves_every_other_token_bit_for_bit(
+    models_bank: CodecBank, models_schema: Schema, models_public: PatientBatch, patients: int
+) -> None:
+    """Matrix products round by their size: one row less would move the last bits of all others, which no clip bounds."""
+    rows = [row % len(models_public) for row in range(patients)]
+    batch = models_public.select(rows)
+    whole = dataclasses.replace(
+        batch, present_BVI=torch.ones_like(batch.present_BVI), visit_BV=torch.ones_like(batch.visit_BV)
+    )
+    before = models_bank.encode(whole)
+    for who in range(min(patients, 3)):
+        present = whole.present_BVI.clone()
+        present[who] = False
+        after = models_bank.encode(dataclasses.replace(whole, present_BVI=present))
+        others = [row for row in range(patients) if row != who]
+        assert torch.equal(before.z_BVNW[others], after.z_BVNW[others])
+        assert torch.equal(before.weight_BVNW[others], after.weight_BVNW[others])
 
 
 def test_empty_and_null_batches(models_bank: CodecBank, models_schema: Schema) -> None:
