@@ -39,7 +39,7 @@ class ReleasedModel:
         bank: codecs with their final centres.
         core: the denoiser, adapters merged.
         flow: the objective that it was trained with.
-        facts: study plan hash, whether it is private, digests.
+        facts: study plan hash, whether it is private, digests, heads of the sites' ledgers.
     """
 
     bank: CodecBank
@@ -110,7 +110,7 @@ def load_release_model(folder: Path) -> ReleasedModel:
         flow = FlowConfig(**(facts["flow"] | {"shares": Shares(**facts["flow"]["shares"])}))
     except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"no whole released model in {folder} ({error}); verify the bundle") from error
-    kept = {name: facts[name] for name in ("plan_hash", "private", "weights_sha256", "trained")}
+    kept = {name: facts[name] for name in ("plan_hash", "private", "ledger_heads", "weights_sha256", "trained")}
     return ReleasedModel(bank, core.requires_grad_(False), flow, kept)
 
 

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medgen_models.export import load_release_model
 from privacy.book import Head
 from privacy.boundary.messages import MaskedAnswer, Refusal, RoundTask, UnmaskRequest
+from privacy.ledger import Ledger
 from server.aggregation import Aggregator, Ask
 from server.checkpoints import Checkpoints
 from server.events import EventLog
 from server.heads import CONTRADICTS, LOWER, KnownHeads
+from server.release import bundle
 from server.session import gather
 
 A, B = "a" * 64, "b" * 64
@@ -185,3 +188,17 @@ def test_approvals_bring_the_head_and_a_lost_ledger_is_noticed_at_the_roll_call(
     for path in study.site("elm-chest").glob("ledger.*"):
         path.unlink()
     assert gather(study.session()) == study_sites[:3]
+
+
+def test_checkpoints_weights_and_bundle_name_the_heads_that_are_in_them(
+    study_finished: Any, study_sites: tuple[str, ...]
+) -> None:
+    heads = Checkpoints(study_finished.folder.checkpoints).heads()
+    assert set(heads) == set(study_sites)
+    for site, head in heads.items():
+        with Ledger.open(study_finished.site(site) / "ledger.sqlite", site, writable=False) as ledger:
+            assert ledger.holds(head)
+            assert ledger.rows()[head.seq - 1].kind in ("intent", "uncovered")
+    told = {site: str(head) for site, head in heads.items()}
+    assert bundle.read_manifest(study_finished.folder.bundle).ledger_heads == told
+    assert load_release_model(study_finished.folder.bundle / "model").facts["ledger_heads"] == told
