@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -329,9 +330,9 @@ def _compare(found: Gradients, wanted: Gradients, where: str, check: Check = "en
 
 
 def _check_coupling(differentiate: Differentiate, params: Params, units: Units, engine: str) -> None:
-    """Unit 1 is exchanged for unit 2 and then scaled up: units 0 and 2 must keep their gradients."""
+    """Unit 1 is exchanged for unit 2, scaled up and made not finite: units 0 and 2 must keep their gradients."""
     before, _ = differentiate(params, units)
-    for change in (_swapped, _scaled):
+    for change in (_swapped, _scaled, _poisoned):
         after, _ = differentiate(params, {name: change(value) for name, value in units.items()})
         for name, value in before.items():
             kept, now = value[[0, 2]].double(), after[name][[0, 2]].double()
@@ -352,3 +353,9 @@ def _scaled(value: Tensor) -> Tensor:
     if not value.is_floating_point():
         return value
     return torch.cat([value[:1], value[1:2] * 3.0, value[2:]])
+
+
+def _poisoned(value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    return torch.cat([value[:1], torch.full_like(value[1:2], math.nan), value[2:]])
