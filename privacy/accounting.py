@@ -2,8 +2,7 @@
 
 Stage: every number that a plan, a ledger or a report prints as epsilon comes from here.
 
-Every mechanism of this project is a Gaussian one, Poisson-sampled or not, so an event is reduced to *segments*
-(noise multiplier, sampling rate, count) that are merged and sorted; results are cached by that value.
+An event is reduced to merged, sorted segments (:mod:`privacy.events`), and results are cached by that value.
 
 Covered
     * :func:`epsilon`: privacy loss distributions of ``dp_accounting`` (Doroshenko et al. (2022), "connect the dots"),
@@ -18,7 +17,6 @@ Covered
 
 Not covered
     * The central-limit value of Gaussian DP (Bu et al. (2020)): it can lie below the truth (4.70 for 6.22) and is absent.
-    * Mechanisms other than the Gaussian, and sampling other than Poisson: refused by name, never guessed.
     * That replace-one's collinear pair dominates all others is checked numerically in the tests, not proved here.
 """
 
@@ -29,7 +27,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import dp_accounting
@@ -40,10 +38,64 @@ from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
+from privacy.events import (
+    Segment,
+    UnsupportedEvent,
+    checked_segment,
+    event_from_rows,
+    event_rows,
+    gaussian_event,
+    segments_of,
+    to_event,
+)
+
+__all__ = [
+    "AGREEMENT",
+    "CHECKED_EPSILON",
+    "CHECKED_WORK",
+    "MU_DELTA",
+    "ORDERS",
+    "AccountantsDisagree",
+    "CrossCheck",
+    "Relation",
+    "Segment",
+    "UnsupportedEvent",
+    "checked_segment",
+    "cross_check",
+    "epsilon",
+    "epsilon_prv",
+    "epsilon_rdp",
+    "event_from_rows",
+    "event_rows",
+    "filter_order",
+    "gaussian_delta",
+    "gaussian_event",
+    "mu",
+    "profile",
+    "quiet_absl",
+    "segments_of",
+    "to_event",
+]
+
 Relation = Literal["zero-out", "replace-one"]
 
-GRIDS = (1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5, 5e-6, 2e-6, 1e-6)  # spacings of the privacy loss grid
-MOST_CELLS = 500_000  # of one release; beyond, a coarser grid overstates a little rather than take a minute
+GRIDS = (
+    1.0,
+    0.1,
+    0.01,
+    1e-3,
+    5e-4,
+    2e-4,
+    1e-4,
+    5e-5,
+    2e-5,
+    1e-5,
+    5e-6,
+    2e-6,
+    1e-6,
+)  # spacings of the privacy loss grid
+MOST_CELLS = 500_000  # beyond, a coarser grid overstates a little rather than take a minute
+MOST_LOSS = 1e5  # losses beyond are told as infinite: no promise is that large, and no plan may stall a site
 MU_DELTA = 1e-9  # the profile is dominated down to this delta
 MU_CEILING = 1e3
 AGREEMENT = 0.02  # most that two accountants may differ; PRV alone reports about 0.01 above
@@ -51,17 +103,6 @@ CHECKED_EPSILON, CHECKED_WORK = 20.0, 6000.0  # beyond either, PRV is not asked;
 ORDERS = tuple(
     [1 + tenth / 10 for tenth in range(1, 100)] + [float(n) for n in range(11, 64)] + [128.0, 256.0, 512.0, 1024.0]
 )
-
-
-class Segment(NamedTuple):
-    """``releases`` Gaussian releases with the same noise multiplier (noise std / L2 sensitivity) and Poisson rate.
-
-    ``sigma`` 0 stands for a release without noise: epsilon is infinite.
-    """
-
-    sigma: float
-    sampling_rate: float
-    releases: int
 
 
 class CrossCheck(NamedTuple):
@@ -82,116 +123,33 @@ class AccountantsDisagree(ValueError):
     """Two accountants that bound the same spend differ by more than :data:`AGREEMENT`: one of them is wrong."""
 
 
-class UnsupportedEvent(ValueError):
-    """An event that is not a (Poisson-sampled) Gaussian release; it is refused, not guessed."""
-
-
-def gaussian_event(sigma: float, sampling_rate: float = 1.0, count: int = 1) -> dp_accounting.DpEvent:
-    """The event of ``count`` Gaussian releases on Poisson samples; sigma 0 is a non-private event.
-
-    Raises:
-        ValueError: sigma negative or not finite, sampling rate outside (0, 1], count below 1.
-    """
-    return to_event((checked_segment(sigma, sampling_rate, count),))
-
-
-def checked_segment(sigma: float, sampling_rate: float, count: int) -> Segment:
-    """A :class:`Segment` after the checks; comparisons are written so that NaN fails them."""
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"Expected a finite noise multiplier sigma={sigma} >= 0")
-    if not 0 < sampling_rate <= 1:
-        raise ValueError(f"Expected a sampling rate in (0, 1], got {sampling_rate}")
-    if isinstance(count, bool) or count != int(count) or count < 1:
-        raise ValueError(f"Expected a whole count >= 1, got {count}")
-    return Segment(float(sigma), float(sampling_rate), int(count))
-
-
-def to_event(segments: Iterable[Segment]) -> dp_accounting.DpEvent:
-    """The ``dp_accounting`` event of these segments, in their order."""
-    events: list[dp_accounting.DpEvent] = []
-    for segment in segments:
-        event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(segment.sigma)
-        if segment.sampling_rate < 1:
-            event = dp_accounting.PoissonSampledDpEvent(segment.sampling_rate, event)
-        if segment.sigma == 0:
-            event = dp_accounting.NonPrivateDpEvent()
-        events.append(event if segment.releases == 1 else dp_accounting.SelfComposedDpEvent(event, segment.releases))
-    if not events:
-        return dp_accounting.NoOpDpEvent()
-    return events[0] if len(events) == 1 else dp_accounting.ComposedDpEvent(events)
-
-
-def segments_of(event: dp_accounting.DpEvent) -> tuple[Segment, ...]:
-    """The event as merged, sorted segments: a canonical value, equal for equal spends.
-
-    >>> segments_of(dp_accounting.ComposedDpEvent([gaussian_event(2.0, 0.1, 3), gaussian_event(2.0, 0.1, 4)]))
-    (Segment(sigma=2.0, sampling_rate=0.1, releases=7),)
-
-    Raises:
-        UnsupportedEvent: for any event of another kind, named.
-    """
-    counts: dict[tuple[float, float], int] = {}
-    for sigma, rate, count in _walk(event, 1):
-        counts[sigma, rate] = counts.get((sigma, rate), 0) + count
-    return tuple(Segment(sigma, rate, counts[sigma, rate]) for sigma, rate in sorted(counts))
-
-
-def _walk(event: dp_accounting.DpEvent, count: int) -> Iterable[Segment]:
-    match event:
-        case dp_accounting.NoOpDpEvent():
-            return
-        case dp_accounting.NonPrivateDpEvent():
-            yield checked_segment(0.0, 1.0, count)
-        case dp_accounting.GaussianDpEvent():
-            yield checked_segment(event.noise_multiplier, 1.0, count)
-        case dp_accounting.PoissonSampledDpEvent() if isinstance(event.event, dp_accounting.GaussianDpEvent):
-            yield checked_segment(event.event.noise_multiplier, event.sampling_probability, count)
-        case dp_accounting.SelfComposedDpEvent():
-            yield from _walk(event.event, count * checked_segment(1.0, 1.0, event.count).releases)
-        case dp_accounting.ComposedDpEvent():
-            for part in event.events:
-                yield from _walk(part, count)
-        case _:
-            raise UnsupportedEvent(
-                f"unsupported event {event!r}; only (Poisson-sampled) Gaussian releases are accounted"
-            )
-
-
-def event_rows(event: dp_accounting.DpEvent) -> list[list[float]]:
-    """The event as plain numbers ``[[sigma, sampling rate, count], ...]``, for a ledger or JSON.
-
-    >>> event_rows(gaussian_event(1.5, 0.1, 40))
-    [[1.5, 0.1, 40]]
-    """
-    return [[segment.sigma, segment.sampling_rate, segment.releases] for segment in segments_of(event)]
-
-
-def event_from_rows(rows: Sequence[Sequence[float]]) -> dp_accounting.DpEvent:
-    """Inverse of :func:`event_rows`; every number is checked again."""
-    for row in rows:
-        if len(row) != 3:
-            raise ValueError(f"Expected [sigma, sampling rate, count], got {list(row)}")
-    return to_event(checked_segment(row[0], row[1], int(row[2]) if row[2] == int(row[2]) else -1) for row in rows)
-
-
 def _grid(segments: tuple[Segment, ...]) -> float:
     """Spacing of the loss grid: coarse enough to be fast, fine enough to add little.
 
     Rounding a loss to a grid of spacing g adds a variance of at most g²/4 per release. With
     v = q²(exp(1/sigma²) - 1), the chi-square divergence of one release and about the variance of its loss, the
-    spacing keeps the added variance below 0.1 % of the sum, unless a single loss would need too many cells.
+    spacing keeps the added variance below 0.1 % of the sum, unless the losses would need too many cells.
     """
     releases = sum(s.releases if s.sampling_rate < 1 else 1 for s in segments)
-    variance = sum(s.releases * s.sampling_rate**2 * math.expm1(min(50.0, s.sigma**-2)) for s in segments)
-    wanted = max(math.sqrt(0.004 * variance / releases), max(map(_largest_loss, segments)) / MOST_CELLS)
+    fine = math.sqrt(0.004 * sum(s.releases * _divergence(s) for s in segments) / releases)
+    wanted = max(min(fine, 1e-3), _span(segments) / MOST_CELLS)
     return next((g for g in GRIDS if g <= wanted), GRIDS[-1])
 
 
-def _largest_loss(segment: Segment) -> float:
-    """Loss of one release, or of all unsampled ones together, at ten standard deviations."""
-    shift = (1.0 if segment.sampling_rate < 1 else math.sqrt(segment.releases)) / segment.sigma
-    ratio = shift**2 / 2 + 10 * shift
-    return math.log1p(segment.sampling_rate * math.expm1(ratio)) if ratio < 700 else ratio
+def _divergence(segment: Segment) -> float:
+    """Chi-square divergence of one release, which bounds its mean loss: KL <= log(1 + chi-square)."""
+    return segment.sampling_rate**2 * math.expm1(min(50.0, segment.sigma**-2))
+
+
+def _span(segments: tuple[Segment, ...]) -> float:
+    """About how far losses reach: all of them on average, or one release (or all unsampled) at ten deviations."""
+
+    def largest(segment: Segment) -> float:
+        shift = (1.0 if segment.sampling_rate < 1 else math.sqrt(segment.releases)) / segment.sigma
+        ratio = shift**2 / 2 + 10 * shift
+        return math.log1p(segment.sampling_rate * math.expm1(ratio)) if ratio < 700 else ratio
+
+    return max(*map(largest, segments), sum(s.releases * math.log1p(_divergence(s)) for s in segments))
 
 
 @functools.lru_cache(maxsize=512)
@@ -204,7 +162,8 @@ def _pld(segments: tuple[Segment, ...], relation: Relation) -> Any:
 
 
 def _private(segments: tuple[Segment, ...]) -> bool:
-    return all(segment.sigma > 0 for segment in segments)
+    """Whether every release is noised, and by so much that an epsilon could be told."""
+    return all(segment.sigma > 1 / MOST_LOSS for segment in segments) and _span(segments) <= MOST_LOSS
 
 
 def _check_delta(delta: float) -> None:
