@@ -24,7 +24,7 @@ from client.sitemodel import model_of
 from client.speed import speed_for
 from medgen_models.adapters import group_of
 from medgen_models.assembly import StudyModel
-from medgen_models.description import describe
+from medgen_models.description import values_and_presence
 from medgen_models.flow import draw, make_unit_loss, make_units
 from medgen_models.prototypes import factor_of, levels_of, slot_vectors
 from medgen_models.schema import Schema
@@ -114,7 +114,9 @@ def _statistics(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: Nois
     assert asked is not None
     records = read_records(config, plan, None, token)
     schema = Schema.model_validate(plan.study_schema)
-    values, flags = describe(schema, records.members, [column.name for column in asked.columns], asked.present)
+    values, flags = values_and_presence(
+        schema, records.members, [column.name for column in asked.columns], asked.present
+    )
     return {"statistics": noisy_summary(values, flags, asked.layout, _query(plan, "statistics").sigma, noise)}
 
 

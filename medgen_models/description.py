@@ -20,7 +20,7 @@ def numeric_columns(schema: Schema) -> tuple[Column, ...]:
     return tuple(column for column in schema.table_columns() if column.kind == "numeric")
 
 
-def describe(
+def values_and_presence(
     schema: Schema, batch: PatientBatch, columns: Sequence[str], instances: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Values (B, C) in the columns' own units, NaN where not recorded, and presence (B, F) of instances.

@@ -88,13 +88,14 @@ class TableConfig(_Public):
     Attributes:
         prior: ``marginals`` makes rows from DP marginals, ``core`` from the diffusion core itself.
         bins: equal-width public bins of a numeric column.
-        pairs: number of two-way tables beside all one-way tables; chosen on the public population.
+        pairs: number of two-way tables beside all one-way tables, chosen on the public population; by default as many
+            as there are columns, so that a patient is in twice as many tables as there are columns.
     """
 
     prior: Literal["marginals", "core"] = "marginals"
     bins: int = Field(default=8, ge=2, le=64)
     sigma: float = Field(default=2.0, gt=0)
-    pairs: int = Field(default=20, ge=0)
+    pairs: int | None = Field(default=None, ge=0)
     spare_rounds: int = Field(default=1, ge=0)
 
 

@@ -158,7 +158,8 @@ def _facts(
     rows = encode_rows(schema, public, study.table.bins) if schema.table() is not None else None
     marginals: tuple[tuple[int, ...], ...] = ()
     if rows is not None:
-        pairs = choose_pairs(rows.codes_BC, rows.domain, study.table.pairs)
+        wanted = len(rows.domain) if study.table.pairs is None else study.table.pairs
+        pairs = choose_pairs(rows.codes_BC, rows.domain, wanted)
         positions = public_positions(schema, public, study.table.bins)
         write_atomically(folder.public_rows, save({"codes": rows.codes_BC, "positions": positions}))
         marginals = tuple(tuple(query) for query in default_queries(schema, rows.domain, pairs))

@@ -93,6 +93,23 @@ def test_every_private_stage_reads_against_its_charge_and_sends_noised_numbers_o
     assert spy.problems == []
 
 
+def test_the_queries_that_a_study_may_add_are_declared_too(
+    study_plan: Callable[..., Any], tmp_path: Path, spy: Any
+) -> None:
+    """A descriptive table and prototypes, which the tiny study leaves out."""
+    from client.policy import dp_plan
+
+    more = ("study.statistics.enabled=true", "study.prototypes.enabled=true")
+    study = study_plan(tmp_path / "more", *more)
+    spy.promise = dp_plan(study.plan)
+    study.deliver(SITE)
+    assert private(study) == ["statistics", "marginals", "recentre", "prototypes", "core"]
+    for stage in ("statistics", "prototypes"):
+        assert isinstance(study.send(SITE, study.task(stage)), MaskedAnswer), stage
+    assert spy.problems == []
+    assert kinds(spy) == [("DpToken", "statistics"), ("DpToken", "prototypes")]
+
+
 def test_the_audit_reads_against_its_count_and_sends_counts_only(
     study_finished: Any, study_copy: Callable[..., Any], tmp_path: Path, spy: Any
 ) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from medgen_models.description import describe, numeric_columns
+from medgen_models.description import numeric_columns, values_and_presence
 from medgen_models.schema import Column, PatientBatch, Schema, Slot
 
 SCHEMA = Schema(
@@ -43,17 +43,17 @@ def patients() -> PatientBatch:
 
 
 def test_values_and_presence_of_the_first_visit_that_exists() -> None:
-    values, flags = describe(SCHEMA, patients(), ["crp", "age"], ["vitals", "ehr"])
+    values, flags = values_and_presence(SCHEMA, patients(), ["crp", "age"], ["vitals", "ehr"])
     np.testing.assert_array_equal(values, [[np.nan, 60.0], [0.0, 100.0], [np.nan, np.nan], [np.nan, np.nan]])
     assert flags.tolist() == [[True, True], [False, True], [True, False], [False, False]]
 
 
 def test_limits() -> None:
     assert [column.name for column in numeric_columns(SCHEMA)] == ["age", "crp"]
-    values, flags = describe(SCHEMA, patients().select([]), ["age"], ["ehr"])
+    values, flags = values_and_presence(SCHEMA, patients().select([]), ["age"], ["ehr"])
     assert (values.shape, flags.shape) == ((0, 1), (0, 1))
-    values, flags = describe(SCHEMA, patients(), [], [])
+    values, flags = values_and_presence(SCHEMA, patients(), [], [])
     assert (values.shape, flags.shape) == ((4, 0), (4, 0))
     for columns, instances in ((["sex"], []), (["shoe"], []), ([], ["mri.a"])):
         with pytest.raises(ValueError, match="not in the schema"):
-            describe(SCHEMA, patients(), columns, instances)
+            values_and_presence(SCHEMA, patients(), columns, instances)

@@ -40,7 +40,7 @@ def exact(
 
 
 def test_without_noise_it_is_the_statistics_of_all_members(exact: Any, study_sites: tuple[str, ...]) -> None:
-    from medgen_models.description import describe
+    from medgen_models.description import values_and_presence
 
     session = exact.session()
     table = description.statistics(session, gather(session))
@@ -49,7 +49,7 @@ def test_without_noise_it_is_the_statistics_of_all_members(exact: Any, study_sit
     asked = exact.plan.statistics
     names = [column.name for column in asked.columns]
     assert names == ["age_years", "bnp_pg_ml", "crp_mg_l"]
-    parts = [describe(exact.schema, members(exact, site), names, asked.present) for site in study_sites]
+    parts = [values_and_presence(exact.schema, members(exact, site), names, asked.present) for site in study_sites]
     values, flags = (np.concatenate(part) for part in zip(*parts, strict=True))
     assert table["noise_std_patients"] == 0.0
     for c, column in enumerate(asked.columns):
