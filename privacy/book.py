@@ -1,7 +1,8 @@
 """The rows of a ledger, folded: an account per plan, and what was restored after losses. Nothing here writes.
 
-Covered: a row of a kind that this version does not know is refused, not guessed; a restore row counts only with a
-signature that fits its own content and place.
+Covered: a row of a kind that this version does not know is refused, not guessed, and so is one that no ledger would have
+written: a second reservation of a plan, a round beyond what was reserved, a negative charge; a restore row counts only
+with a signature that fits its own content and place.
 Not covered: whether the key that signed a restoration is the officer's: `site.toml` pins it, and whoever may write there
 may write here.
 """
@@ -96,7 +97,7 @@ class Restoration:
             anchor=int(body["anchor"]),
             lost=Head.parse(body["lost"]),
             heads=tuple(Head.parse(text) for text in body["heads"]),
-            gap=int(body["gap"]),
+            gap=body["gap"],
             charges=body["charges"],
             officer=officer,
         )
@@ -105,6 +106,11 @@ class Restoration:
         """Whether ``head`` lies among the rows that were lost here and are counted as spent."""
         named = {known for known in self.heads if known.seq == head.seq}
         return head in named or (not named and self.anchor < head.seq < self.lost.seq)
+
+
+def _need(valid: bool, reason: str) -> None:
+    if not valid:
+        raise ValueError(reason)
 
 
 def signed_part(body: dict[str, Any]) -> bytes:
@@ -137,7 +143,7 @@ class Book:
             if isinstance(error, LedgerError):
                 raise
             raise LedgerError(
-                "tampered", f"row {link.seq} does not say what it should", "restore its backup"
+                "tampered", f"row {link.seq} does not say what it should: {error}", "restore its backup"
             ) from error
 
     def holds(self, links: Sequence[Link], head: Head) -> bool:
@@ -151,11 +157,19 @@ class Book:
             case "open":
                 pass
             case "reserve":
-                self.accounts[body["plan_hash"]] = Account(body)
+                _need(body["plan_hash"] not in self.accounts, "the plan was reserved before")
+                account = Account(body)
+                account.event(account.reserved())  # checks every number of it
+                self.accounts[body["plan_hash"]] = account
             case "intent":
-                self.accounts[body["plan_hash"]].intents.append((link.seq, body["stage"], body["round"]))
+                account, stage, number = self.accounts[body["plan_hash"]], body["stage"], body["round"]
+                _need(account.remaining()[stage] >= 1, "more rounds than were reserved, or the plan is closed")
+                _need(type(number) is int and 0 <= number < account.reserve["events"][stage]["rounds"], "no such round")
+                account.intents.append((link.seq, stage, number))
             case "commit":
-                self.accounts[body["plan_hash"]].commits[body["intent"]] = body["answer"]
+                account = self.accounts[body["plan_hash"]]
+                _need(body["intent"] in {seq for seq, _, _ in account.intents}, "no such intent")
+                account.commits[body["intent"]] = body["answer"]
             case "uncovered":
                 self.accounts[body["plan_hash"]].uncovered[body["query"]] += 1
             case "close":
@@ -170,8 +184,14 @@ class Book:
                 raise LedgerError("foreign", f"row {link.seq} is of kind {link.kind!r}", "use the medgen that wrote it")
 
     def _restore(self, restoration: Restoration) -> None:
+        _need(type(restoration.gap) is int and restoration.gap >= 0, "a negative number of lost rows")
         for plan_hash, stages in restoration.charges.items():
-            self.accounts[plan_hash].lost.update(stages)
+            account = self.accounts[plan_hash]
+            begun, reserved = account.begun(), account.reserved()
+            for stage, count in stages.items():
+                room = reserved[stage] - begun[stage]
+                _need(type(count) is int and 1 <= count <= room, "a charge beyond what was left")
+            account.lost.update(stages)
         if restoration.gap:
             for account in self.accounts.values():
                 account.uncovered[LOST_QUERIES] += restoration.gap

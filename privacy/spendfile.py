@@ -146,9 +146,18 @@ class SpendFile:
             self._create(site)
         self._load()
         _check_site(self.path, self._links, site)
-        if self._mirror_is_behind(writable) and writable:
+        behind = self._mirror_is_behind(writable)
+        self._check_schema()
+        if behind and writable:
             with _storage_errors(self.path):
                 self._write_mirror()
+
+    def _check_schema(self) -> None:
+        """A trigger or view that somebody added could swallow a row that is being written."""
+        with _storage_errors(self.path):
+            found = {sql for (sql,) in self._database.execute("SELECT sql FROM sqlite_master")}
+        if found != {_TABLE, *_TRIGGERS}:
+            raise LedgerError("tampered", f"{self.path}: its tables or triggers are not those of a ledger", _RESTORE)
 
     def _mirror_is_behind(self, writable: bool) -> bool:
         """Compare with the mirror. A reader holds no lock: a row written since it read the rows looks like a rollback, so

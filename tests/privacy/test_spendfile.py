@@ -297,3 +297,43 @@ def test_a_clock_that_jumps_back_harms_nothing(tmp_path: Path, monkeypatch: pyte
     with reopened(tmp_path) as ledger:
         assert ledger.rows()[-1].at.startswith("1970")
     assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TRIGGER swallow BEFORE INSERT ON rows BEGIN SELECT RAISE(IGNORE); END",
+        "DROP TRIGGER no_update",
+        "CREATE TABLE more (x)",
+        "CREATE VIEW v AS SELECT 1",
+    ],
+)
+def test_what_was_added_to_the_database_is_refused(tmp_path: Path, statement: str) -> None:
+    database = sqlite3.connect(spent_folder(tmp_path))
+    database.execute(statement)
+    database.commit()
+    database.close()
+    assert fault_of(lambda: reopened(tmp_path)) == "tampered"
+
+
+def test_a_reader_undoes_what_a_killed_writer_left_half_done(tmp_path: Path) -> None:
+    """A hot journal: the transaction was cut short, and the next one to look need not be a writer."""
+    path = spent_folder(tmp_path)
+    script = """
+import os, sqlite3, sys
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("PRAGMA cache_size=1")
+database.execute("PRAGMA cache_spill=1")
+database.execute("BEGIN IMMEDIATE")
+for seq in range(100, 200):
+    database.execute("INSERT INTO rows VALUES (?, 'x', 'x', ?, 'x', 'x')", (seq, "x" * 4000))
+os._exit(9)
+"""
+    rows = path.stat().st_size
+    subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert path.with_name("ledger.sqlite-journal").exists()
+    assert path.stat().st_size > rows
+    with reopened(tmp_path, writable=False) as reader:
+        assert reader.head[0] == 6
+    with reopened(tmp_path) as writer:
+        writer.verify()
