@@ -12,7 +12,7 @@ import torch
 from medgen_models.assembly import assemble
 from medgen_models.pretrain import PublicModel
 from privacy.noise import test_noise as known_noise
-from server.planning import CORE, MARGINALS, RECENTRE
+from server.planning import CORE, MARGINALS, PROTOTYPES, RECENTRE
 from simulations.benchmarks import frontier, frontier_cell, frontier_world
 from simulations.benchmarks.frontier import CELLS, CENTRE, read_results
 from simulations.benchmarks.frontier_cell import Cell, plan_of, run_cell, sites_of
@@ -110,9 +110,12 @@ def test_shifting_tokens_is_what_the_recentred_bank_encodes(public: PublicModel)
 def test_a_stored_world_comes_back_as_it_was(cache: Path, public: PublicModel, mean_world: World) -> None:
     made = frontier_world._make_world(public.bank, MICRO, 5, "mean")
     assert len(mean_world.sites) == len(made.sites) == len(frontier_world.POPULATIONS)
-    for one, other in zip((*made.sites, made.held_out), (*mean_world.sites, mean_world.held_out), strict=True):
+    tokens = [(*each.sites, each.held_out, each.public) for each in (made, mean_world)]
+    for one, other in zip(*tokens, strict=True):
         assert all(torch.equal(one.as_dict()[name], value) for name, value in other.as_dict().items())
     assert all(np.array_equal(a, b) for a, b in zip(made.codes, mean_world.codes, strict=True))
+    levels = [(*each.levels, each.public_levels) for each in (made, mean_world)]
+    assert all(torch.equal(a, b) for a, b in zip(*levels, strict=True))
     assert np.array_equal(made.correlations, mean_world.correlations, equal_nan=True)
     assert (made.domain, made.queries) == (mean_world.domain, mean_world.queries)
 
@@ -163,6 +166,18 @@ def test_without_noise_recentring_takes_the_hospitals_mean_away(public: PublicMo
     assert (
         frontier_cell._recentre(plan, Cell("x", recentred=False), sites, public, known_noise("a", "b", "c", 0, 0)) == {}
     )
+
+
+def test_a_warm_up_asks_for_prototypes_and_hands_all_weights_on(public: PublicModel, mean_world: World) -> None:
+    cell = Cell("x", epsilon=math.inf, prototypes=True)
+    plan = plan_of(cell, MICRO, public, mean_world)
+    assert [stage.name for stage in plan.stages] == [MARGINALS, RECENTRE, PROTOTYPES, CORE]
+    sites, noise = sites_of(cell, mean_world), known_noise("x", "y", "prototypes", 0, 0)
+    assert all(len(site.levels) == site.n_decl for site in sites)
+    state = frontier_cell._warm_up(plan, sites, public, mean_world, {}, 5, noise)
+    start = dict(public.core.named_parameters())
+    assert set(state) == set(start)
+    assert any(not np.array_equal(state[name], start[name].numpy()) for name in start)
 
 
 def test_private_training_moves_the_group_that_it_names_alone(public: PublicModel, mean_world: World) -> None:
