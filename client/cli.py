@@ -59,11 +59,19 @@ def show(folder: Folder) -> None:
 
 
 @ledger.command("verify")
-def verify(folder: Folder) -> None:
-    """Recompute the hash chain and hold it against mirror and site log; exit code 1 if a byte was changed or rolled back."""
+def verify(
+    folder: Folder,
+    head: Annotated[
+        list[str] | None, typer.Option(help="SEQ:HASH that a report or the coordinator names; may be repeated.")
+    ] = None,
+) -> None:
+    """Recompute the hash chain and hold it against mirror, site log and heads that others remember.
+
+    Exit code 1 if a byte was changed, the file was put back to an earlier state, or a head that was named is not in it.
+    """
     from client.ledger_console import print_verification
 
-    raise typer.Exit(print_verification(folder))
+    raise typer.Exit(print_verification(folder, head or ()))
 
 
 @ledger.command("forecast")

@@ -74,13 +74,14 @@ def _print_plan(console: Console, plan: PlanSummary) -> None:
         console.print(f"  not covered by epsilon: {query}, counted {times} times")
 
 
-def print_verification(folder: Path) -> int:
-    """Recompute the ledger's chain and hold it against mirror, site log and pinned officer; 0 if it holds."""
+def print_verification(folder: Path, heads: Sequence[str] = ()) -> int:
+    """Recompute the ledger's chain and hold it against mirror, site log, pinned officer and ``heads``; 0 if it holds."""
 
     def work(console: Console) -> int:
         config = SiteConfig.load(folder)
         with config.read_ledger() as ledger:
             seq, digest = ledger.verify()
+            missing = [text for text in heads if not ledger.holds(Head.parse(text))]
             strangers = [
                 restoration
                 for restoration in ledger.restorations()
@@ -91,8 +92,14 @@ def print_verification(folder: Path) -> int:
                 f"[bold]row {restoration.seq}[/]: restored by the key {fingerprint(restoration.officer)[:19]}…, which "
                 "[policy] officer_key does not pin; ask whose it was"
             )
-        console.print(f"the ledger holds: {seq} rows, head {Head(seq, digest)}")
-        return 1 if strangers else 0
+        for text in missing:
+            console.print(
+                f"[bold red]the head {text} is not in this ledger[/]: it was put back, changed, or is another site's; "
+                "stop the site and restore"
+            )
+        if not missing:
+            console.print(f"the ledger holds: {seq} rows, head {Head(seq, digest)}")
+        return 1 if strangers or missing else 0
 
     return _guarded(work, "the ledger does not hold")
 

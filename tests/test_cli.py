@@ -21,7 +21,7 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "site check": ("folder", "--schema"),
     "site withdraw": ("folder", "patient", "--list"),
     "site ledger show": ("folder",),
-    "site ledger verify": ("folder",),
+    "site ledger verify": ("folder", "--head"),
     "site ledger forecast": ("folder", "--epsilon", "--plan"),
     "site ledger export": ("folder", "--out"),
     "site ledger close": ("folder", "plan"),

@@ -114,8 +114,16 @@ def test_blocks_of_site_toml_are_reserved_carried_and_shown(wall_site: Path, wal
 
 
 def test_verify_prints_the_head_and_finds_a_lost_approval(wall_site: Path, wall_propose: Propose) -> None:
-    approve(wall_site, wall_propose())
-    assert head_of(wall_site) in run("verify", wall_site)
+    name = approve(wall_site, wall_propose())
+    older = head_of(wall_site)
+    assert older in run("verify", wall_site)
+    spend(wall_site, name, 0)
+    assert "the ledger holds" in run("verify", wall_site, "--head", older, "--head", head_of(wall_site))
+    for other in (f"1:{A}", f"99:{A}"):
+        text = run("verify", wall_site, "--head", older, "--head", other, code=1)
+        assert f"the head {other} is not in this ledger" in text
+        assert "the ledger holds" not in text
+    assert "SEQ:HASH" in run("verify", wall_site, "--head", "1", code=1)
     for name in ("ledger.sqlite", "ledger.head"):
         (wall_site / name).unlink()
     assert "plans were approved over it" in run("verify", wall_site, code=1)
