@@ -17,7 +17,7 @@ from privacy.book import Head
 from privacy.chain import write_durably
 from privacy.identity import fingerprint
 from privacy.ledger import EVERYONE, Ledger, LedgerSummary, PlanSummary
-from privacy.plan import DPPlan
+from privacy.plan import DPPlan, largest_delta
 from privacy.statement import RELATION, SAMPLING
 from privacy.transcript import check_transcript, transcript
 
@@ -113,12 +113,12 @@ def print_forecast(folder: Path, epsilon: float | None, plan_path: Path | None) 
             plan = _plan_to_forecast(ledger, epsilon, plan_path)
             names = {block.name for block in ledger.summary().blocks} | set(config.blocks)
             found = ledger.forecast(plan, config.ceilings, sorted(names))
-        ceilings = config.ceilings
-        fits = plan.epsilon <= ceilings.plan_epsilon and plan.delta <= ceilings.delta
+        ceilings, largest = config.ceilings, largest_delta(config.site.declared_capacity)
+        fits = plan.epsilon <= ceilings.plan_epsilon and plan.delta <= min(ceilings.delta, largest)
         console.print(
             f"a plan of epsilon {plan.epsilon:.3f} (exchanged {plan.replace_one_epsilon:.3f}, two sites "
             f"{plan.two_site_epsilon:.3f}) at delta {plan.delta:g}; the site allows {ceilings.plan_epsilon:g} at "
-            f"{ceilings.delta:g}: {'fits' if fits else '[bold red]does not fit[/]'}"
+            f"{min(ceilings.delta, largest):g}: {'fits' if fits else '[bold red]does not fit[/]'}"
         )
         title = f"lifetime epsilon (Rényi) of {ceilings.lifetime_epsilon:g}"
         table = Table("patients in", "taken", "left", "further plans", title=title)

@@ -170,7 +170,7 @@ class Ledger:
             return plan.epsilon
         epsilon = self._check(plan, ceilings, n_decl)
         before = list(self._book.accounts.values())
-        body |= {
+        body |= {  # of the new account too: its orders are those that it is checked at
             "lifetime_delta": ceilings.delta,
             "orders": lifetime.new_orders(before, new.blocks, plan, ceilings),
         }
