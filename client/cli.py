@@ -114,7 +114,8 @@ def close(
 def restore(
     folder: Folder,
     backup: Annotated[
-        Path, typer.Option(help="A copy of ledger.sqlite from before the loss.", exists=True, dir_okay=False)
+        Path,
+        typer.Option(help="A copy of ledger.sqlite, or an export, from before the loss.", exists=True, dir_okay=False),
     ],
     known_head: Annotated[
         list[str], typer.Option(help="SEQ:HASH that the last report or the coordinator remembers; may be repeated.")

@@ -14,8 +14,7 @@ from privacy.boundary.plan import StudyPlan
 from privacy.boundary.refusals import Refused
 from privacy.identity import IdentityKey
 from privacy.ledger import EVERYONE
-from privacy.restore import ApprovedPlan, restore
-from privacy.spendfile import read_chain
+from privacy.restore import ApprovedPlan, read_backup, restore
 
 
 def restore_ledger(site_dir: Path, backup: Path, heads: Sequence[Head], officer_key: Path) -> Restoration:
@@ -23,7 +22,7 @@ def restore_ledger(site_dir: Path, backup: Path, heads: Sequence[Head], officer_
 
     Args:
         site_dir: the site folder.
-        backup: a copy of the ledger file.
+        backup: a copy of the ledger file, or what ``medgen site ledger export`` wrote.
         heads: heads that others remember: the last report, the coordinator's ``heads.json``. Stored answers, the site log
             and the mirror are looked at as well.
         officer_key: file of the officer's private key, whose public half ``[policy] officer_key`` pins.
@@ -43,7 +42,7 @@ def restore_ledger(site_dir: Path, backup: Path, heads: Sequence[Head], officer_
     officer, pinned = IdentityKey.load(officer_key), bytes.fromhex(config.policy.officer_key)
     if officer.public != pinned:
         raise Refused("BAD_SIGNATURE", f"{officer_key} is not the key that [policy] officer_key pins")
-    links = read_chain(backup, config.site.name, recover=backup.resolve() == config.ledger_path.resolve())
+    links = read_backup(backup, config.site.name, recover=backup.resolve() == config.ledger_path.resolve())
     present = {link.data()["plan_hash"] for link in links if link.kind == "reserve"}
     return restore(
         config.ledger_path,

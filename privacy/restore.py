@@ -28,7 +28,7 @@ from privacy import lifetime
 from privacy.accounts import Account, reservation
 from privacy.book import RESTORE_TYPE, Book, Head, Restoration, signed_part
 from privacy.boundary.refusals import LedgerError
-from privacy.chain import Link, extend, now_utc, sync_folder
+from privacy.chain import ChainError, Link, check, extend, now_utc, sync_folder
 from privacy.identity import verify
 from privacy.plan import Ceilings, DPPlan
 from privacy.spendfile import read_chain, sync_file, write_chain, write_mirror, writer_lock
@@ -66,7 +66,7 @@ def restore(
     Args:
         path: where the site's ledger is, or was.
         site: whose ledger it is.
-        backup: a copy of the ledger file from before the loss, or ``path`` itself if that file is whole.
+        backup: see :func:`read_backup`; or ``path`` itself if that file is whole.
         heads: heads of this ledger that answers, approvals, reports or the coordinator remember; the mirror beside
             ``path``, and the file at ``path`` as far as it can be read, are looked at as well.
         approved: every plan that the site approved at any time.
@@ -81,7 +81,7 @@ def restore(
     """
     with writer_lock(path, wait_s):
         live = path.is_file() and backup.is_file() and path.samefile(backup)
-        links = read_chain(backup, site, recover=live)
+        links = read_backup(backup, site, recover=live)
         found = _readable(path, site)
         known = sorted({*heads, *_remembered(path, links[0], found)})
         if (done := _finished(links, known, found, live)) is not None:
@@ -99,6 +99,32 @@ def restore(
         sync_folder(path.parent)
         write_mirror(path.with_suffix(".head"), rows)
         return restoration
+
+
+def read_backup(backup: Path, site: str, *, recover: bool = False) -> list[Link]:
+    """The rows of a backup: a copy of the ledger file, made while nobody wrote, or an exported JSON document.
+
+    Raises:
+        LedgerError: with the fault that was found.
+    """
+    try:
+        with backup.open("rb") as handle:
+            exported = handle.read(1) == b"{"
+        if not exported:
+            return read_chain(backup, site, recover=recover)
+        links = [Link(**row) for row in json.loads(backup.read_bytes())["rows"]]
+        last = check(links)
+        if last is None or links[0].kind != "open" or links[0].data()["site"] != site:
+            raise LedgerError("foreign", f"{backup} is no export of the ledger of {site}", "name that site's own")
+    except OSError as error:
+        raise LedgerError("storage", f"{backup}: {error}", "name a backup of the ledger that can be read") from error
+    except ChainError as error:
+        raise LedgerError("tampered", f"{backup}: {error}", "name a backup that was not changed") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, LedgerError):
+            raise
+        raise LedgerError("torn", f"{backup} is no whole export: {error}", "name another backup") from error
+    return links
 
 
 def _draft(
@@ -278,4 +304,4 @@ def _keep(source: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-__all__ = ["ApprovedPlan", "restore"]
+__all__ = ["ApprovedPlan", "read_backup", "restore"]

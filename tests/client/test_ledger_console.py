@@ -258,6 +258,24 @@ def test_restore_from_the_command_line(wall_site: Path, wall_propose: Propose, o
     assert None not in stored  # answers that were stored are still there, and still free
 
 
+def test_an_export_is_a_backup(wall_site: Path, wall_propose: Propose, officer: Path, tmp_path: Path) -> None:
+    name = approve(wall_site, wall_propose())
+    backup = tmp_path / "ledger.json"
+    run("export", wall_site, "--out", backup)
+    spend(wall_site, name, 0)
+    head = head_of(wall_site)
+    (wall_site / "ledger.sqlite").unlink()
+    whole = backup.read_text()
+    arguments = ("restore", wall_site, "--backup", backup, "--known-head", head, "--officer-key", officer)
+    for broken in (whole[:-40], whole.replace('"kind": "reserve"', '"kind": "local"'), whole.replace("north", "south")):
+        backup.write_text(broken)
+        assert "LEDGER_UNUSABLE" in run(*arguments, code=1)
+        assert not (wall_site / "ledger.sqlite").exists()
+    backup.write_text(whole)
+    assert "2 rows are lost" in run(*arguments)
+    run("verify", wall_site, "--head", head)
+
+
 def test_restore_needs_the_officer_whose_key_is_pinned(wall_site: Path, wall_propose: Propose, tmp_path: Path) -> None:
     approve(wall_site, wall_propose())
     backup, head, key = tmp_path / "backup.sqlite", head_of(wall_site), tmp_path / "stick" / "officer.key"
