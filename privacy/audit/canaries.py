@@ -50,7 +50,7 @@ CONFIDENCE = 0.999
 STRENGTH = 10.0  # a canary's gradient before the clip, in units of the clip
 PER_ARM = 50_000
 PER_RUN = 1024
-CHUNK = 256
+CHUNK = 64  # small: the clip leaves room for rounding that grows with the square of a chunk
 SHARES = (-1.0, -0.5, 0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of epsilon: thresholds of the log-likelihood ratio
 
 
