@@ -141,7 +141,7 @@ def moments(sums_C3: ArrayLike, low_C: ArrayLike, high_C: ArrayLike, shrink_pati
     """
     sums, low, high = (np.asarray(x, dtype=np.float64) for x in (sums_C3, low_C, high_C))
     shrink = _shrink(shrink_patients)
-    patients_C = np.maximum(sums[:, 0] + shrink, 1.0)
+    patients_C = np.maximum(np.maximum(sums[:, 0], 0.0) + shrink, 1.0)
     mean_C = np.clip(sums[:, 1] / patients_C, -1.0, 1.0)
     square_C = np.clip((sums[:, 2] + shrink * (UNIFORM_SQUARE - 0.5)) / patients_C + 0.5, 0.0, 1.0)
     half = (high - low) / 2.0
@@ -274,9 +274,9 @@ def root_mean_squares(sums_S2: ArrayLike, bound: float, public_scale: float, shr
         _shrink(shrink_patients),
     )
     prior = _positive("public_scale", public_scale) ** 2
-    patients_S = np.maximum(sums[:, 1] / half + shrink, 1.0)
+    patients_S = np.maximum(np.maximum(sums[:, 1] / half, 0.0) + shrink, 1.0)
     square_S = np.minimum((sums[:, 0] + shrink * (prior - half)) / patients_S + half, bound)
-    nobody_S = (sums[:, 1] / half + shrink < 1.0) | (square_S <= 0.0)
+    nobody_S = (np.maximum(sums[:, 1] / half, 0.0) + shrink < 1.0) | (square_S <= 0.0)
     return np.asarray(np.sqrt(np.where(nobody_S, prior, square_S)), dtype=np.float64)
 
 
@@ -335,7 +335,8 @@ def prototype_means(answer_LE: ArrayLike, bound: float, shrink_patients: float =
     patients with the zero vector stood there.
     """
     answer = np.asarray(answer_LE, dtype=np.float64)
-    patients_L = np.maximum(answer[:, -1] / _positive("bound", bound) + _shrink(shrink_patients), 1.0)
+    counted_L = np.maximum(answer[:, -1] / _positive("bound", bound), 0.0)
+    patients_L = np.maximum(counted_L + _shrink(shrink_patients), 1.0)
     return np.asarray(answer[:, :-1] / patients_L[:, None], dtype=np.float64)
 
 

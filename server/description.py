@@ -33,8 +33,8 @@ def statistics(session: Session, sites: Sequence[str]) -> dict[str, Any] | None:
     last = session.checkpoints.last(STATISTICS)
     answered = last.facts["groups"][STATISTICS] if last is not None else list(sites)
     std = session.dp.query(STATISTICS).noise_std * float(np.sqrt(len(answered)))
-    # As many made-up patients as the noise is wide: a column that nobody has ends near the middle of its range.
-    read = read_summary(flat, asked.layout, LEVELS, shrink_patients=std)
+    # Twice as many made-up patients as the noise is wide: a column that few have ends near the middle of its range.
+    read = read_summary(flat, asked.layout, LEVELS, shrink_patients=2 * std)
     table = as_table([c.name for c in asked.columns], asked.present, read, std, answered)
     write_atomically(session.folder.statistics, json.dumps(table, indent=1).encode())
     return table

@@ -212,6 +212,10 @@ class TestMoments:
         assert ((found.variance_C >= 0) & (found.variance_C <= 25.0)).all()
         assert (found.patients_C >= 0).all()
 
+    def test_a_negative_count_takes_nothing_from_the_public_pull(self) -> None:
+        found = moments([[-50.0, 10.0, 0.0]], [-1.0], [1.0], shrink_patients=20.0)
+        assert (found.patients_C.item(), found.mean_C.item()) == (0.0, 0.5)
+
     def test_many_patients_are_measured_well(self) -> None:
         values = np.random.default_rng(3).normal(4.0, 1.0, (20_000, 1))
         sums = noisy_moment_sums(values, [0.0], [10.0], 20.0, test_noise("many"))
