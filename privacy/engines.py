@@ -21,6 +21,8 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
+from privacy.convolutions import PatientConvolutions
+
 Params = Mapping[str, Tensor]
 Units = Mapping[str, Tensor]
 UnitLoss = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
@@ -67,12 +69,13 @@ def expand_gradients(unit_loss: UnitLoss, params: Params, units: Units) -> tuple
 
     Each unit reads its own view of the weights (``expand``: no copy), so the gradient of the summed losses by the views is
     every unit's own gradient. Only the forward pass is vectorised; the backward pass is plain autograd, which is faster than
-    differentiating inside ``vmap`` for linear layers. Convolutions run as one group per unit.
+    differentiating inside ``vmap``. Convolutions have a rule of their own: :mod:`privacy.convolutions`.
     """
     size = batch_size(units)
     with torch.enable_grad():
         views = {name: value.detach().expand(size, *value.shape).requires_grad_() for name, value in params.items()}
-        losses = torch.func.vmap(unit_loss, in_dims=(0, 0), randomness="error")(views, dict(units))
+        with PatientConvolutions():
+            losses = torch.func.vmap(unit_loss, in_dims=(0, 0), randomness="error")(views, dict(units))
         found: tuple[Tensor | None, ...] = (None,) * len(views)
         if losses.requires_grad:  # otherwise no unit touches a parameter: every gradient is zero
             found = torch.autograd.grad(losses.sum(), list(views.values()), allow_unused=True)
