@@ -7,6 +7,7 @@ weighted by public numbers, and quantised and masked by the agent.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -277,15 +278,18 @@ def prove(
     units: Mapping[str, Tensor],
     modules: tuple[torch.nn.Module, ...],
 ) -> None:
-    """Prove, once per plan and stage and before the first private step, that per-patient gradients are exact.
+    """Prove, before the first private step of a plan and stage, that per-patient gradients are exact.
+
+    Proved again where other groups are trained than before, or after another torch was installed.
 
     Raises:
         GradientProbeError: they are not; no record is trained on.
     """
     mark = config.folder / "state" / task.plan_hash / f"{task.stage}-probe.json"
-    if not mark.is_file():
+    proved = {"torch": torch.__version__, "parameters": sorted(params)}
+    if not mark.is_file() or json.loads(mark.read_bytes()).get("proved") != proved:
         report = probe(unit_loss, dict(params), dict(units), modules)
-        write_durably(mark, canonical(dataclasses.asdict(report)).encode())
+        write_durably(mark, canonical({"proved": proved, **dataclasses.asdict(report)}).encode())
 
 
 def anneal(round: int, rounds: int) -> float:

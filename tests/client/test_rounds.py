@@ -190,6 +190,23 @@ def test_optimizer_state_and_probe_stay_on_site(known: Any) -> None:
     assert not np.array_equal(first["trunk"], without["trunk"])  # the second round goes on from the first one's moments
 
 
+@pytest.mark.parametrize("stale", [{"torch": "1.0"}, {"parameters": ["trunk.only"]}, None])
+def test_gradients_are_proved_once_and_again_where_something_changed(
+    known: Any, monkeypatch: pytest.MonkeyPatch, stale: dict[str, Any] | None
+) -> None:
+    """A proof of other groups, or under another torch, is no proof; a good one is not repeated every round."""
+    compute(known, "core")
+    mark = known.site(SITE) / "state" / known.plan.hash / "core-probe.json"
+    written, asked = json.loads(mark.read_bytes()), []
+    if stale is not None:
+        mark.write_text(json.dumps(written | {"proved": written["proved"] | stale}))
+    probed = rounds.probe
+    monkeypatch.setattr(rounds, "probe", lambda *given: asked.append(1) or probed(*given))
+    compute(known, "core", round=1)
+    assert len(asked) == (stale is not None)
+    assert json.loads(mark.read_bytes()) == written
+
+
 def test_arrays_that_do_not_fit_the_public_model_are_a_bad_message(known: Any) -> None:
     for arrays in ({"trunk.unknown": np.zeros(3, np.float32)}, {"mean/pet": np.zeros(1, np.float32)}):
         before = known.kinds(SITE).count("intent")
