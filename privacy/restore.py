@@ -2,6 +2,7 @@
 
 The backup's rows are kept. Up to the highest head that anyone remembers, each missing row is replaced by a *lost* row, and
 each of them may have been an intent of any open stage: every open stage is charged with min(what is left, lost rows).
+Where the mirror is lost as well, one more row counts: a round may have been under way that nobody heard of.
 Plans that were approved but are not in the backup are reserved and charged whole. A last row says all this, names the lost
 head, and carries the officer's signature over it and, through the hash before it, over every other row.
 
@@ -22,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from privacy import lifetime
 from privacy.accounts import Account, reservation
@@ -47,6 +48,15 @@ class ApprovedPlan:
     deterministic: bool
     blocks: tuple[str, ...]
     block_column: str
+
+
+class Unnamed(NamedTuple):
+    """Lost rows that no head names: those of the replaced file if it is no ancestor of what others remember, and, without
+    its mirror, the one that may have been under way.
+    """
+
+    stray: int
+    under_way: int
 
 
 def restore(
@@ -83,12 +93,13 @@ def restore(
         live = path.is_file() and backup.is_file() and path.samefile(backup)
         links = read_backup(backup, site, recover=live)
         found = _readable(path, site)
-        known = sorted({*heads, *_remembered(path, links[0], found)})
+        mirrored = _mirrored(path, [links[0], *found[:1]])
+        known = sorted({*heads, *mirrored, *(Head(row.seq, row.hash) for row in found[-1:])})
         if (done := _finished(links, known, found, live)) is not None:
             write_mirror(path.with_suffix(".head"), found)
             return done
-        stray = 0 if live else _stray(links, known, found)
-        rows, restoration = _draft(links, known, live, stray, approved, ceilings, officer, sign)
+        unnamed = Unnamed(0 if live else _stray(links, known, found), 0 if mirrored else 1)
+        rows, restoration = _draft(links, known, live, unnamed, approved, ceilings, officer, sign)
         temporary = path.with_name(f".{path.stem}.restoring.sqlite")
         temporary.unlink(missing_ok=True)
         write_chain(temporary, rows)
@@ -131,7 +142,7 @@ def _draft(
     links: Sequence[Link],
     known: Sequence[Head],
     live: bool,
-    stray: int,
+    unnamed: Unnamed,
     approved: Sequence[ApprovedPlan],
     ceilings: Ceilings,
     officer: bytes,
@@ -148,10 +159,10 @@ def _draft(
     forked = any(head.seq <= end.seq for head in missing) or (live and bool(missing))
     anchor = 1 if forked else end.seq
     branches = max(Counter(head.seq for head in missing).values(), default=1)
-    gap = branches * (lost.seq - anchor) + stray if missing else 0
+    gap = branches * (lost.seq - anchor) * bool(missing) + unnamed.stray + unnamed.under_way
     if gap > MOST_LOST_ROWS:
         raise LedgerError("storage", f"{gap} rows would be lost", f"check the head {lost} that was given")
-    for _ in range(lost.seq - end.seq):
+    for _ in range(lost.seq - end.seq + unnamed.under_way):
         rows.append(extend(rows[-1], "lost", {}, at))
     charges = {
         name: {stage: min(room, gap) for stage, room in _room(account, forked).items() if min(room, gap) > 0}
@@ -214,21 +225,18 @@ def _readable(path: Path, site: str) -> list[Link]:
         return []
 
 
-def _remembered(path: Path, first: Link, found: Sequence[Link]) -> list[Head]:
-    """The mirrored head and that of the file itself, as far as they can be read.
+def _mirrored(path: Path, first: Sequence[Link]) -> list[Head]:
+    """The mirrored head, if the mirror can be read.
 
     Raises:
-        LedgerError: ``foreign`` if one belongs to another ledger than the backup: what was spent there is in no backup.
+        LedgerError: ``foreign`` if mirror, file and backup are not of one ledger: what was spent there is in no backup.
     """
-    heads, ledgers = [], set()
-    if found:
-        heads.append(Head(found[-1].seq, found[-1].hash))
-        ledgers.add(found[0].data()["ledger"])
+    heads, ledgers = [], {row.data()["ledger"] for row in first}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         mirror = json.loads(path.with_suffix(".head").read_bytes())
         heads.append(Head.parse(f"{mirror['seq']}:{mirror['hash']}"))
         ledgers.add(mirror["ledger"])
-    if ledgers - {first.data()["ledger"]}:
+    if len(ledgers) > 1:
         raise LedgerError(
             "foreign", f"{path} or its mirror is of another ledger than the backup", "find its own backup"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -135,13 +136,22 @@ def test_no_gap_charges_more_than_is_left(tmp_path: Path) -> None:
         assert ledger.head[0] == 61
 
 
-def test_nothing_lost_charges_nothing(site: Site) -> None:
+def test_without_the_mirror_one_more_row_counts(site: Site) -> None:
     shutil.copy(site.path, site.backup)
     site.path.with_suffix(".head").unlink()
     assert fault_of(site.open) == "rolled back"
     done = site.restore([site.head])
+    assert done.gap == 1  # without the mirror nobody knows whether a round was under way
+    assert done.charges == {P: {"core": 1, "marginals": 1}}
+    assert site.stages()["core"].remaining == 1
+
+
+def test_nothing_lost_charges_nothing(tmp_path: Path) -> None:
+    site = Site(tmp_path, lost=0)
+    site.path.write_bytes(b"torn")
+    done = site.restore([site.head])
     assert (done.gap, done.charges) == (0, {})
-    assert site.stages()["core"].remaining == 2
+    assert site.stages()["core"].remaining == 4
 
 
 def test_a_plan_that_the_backup_does_not_know_is_spent_whole(site: Site) -> None:
@@ -172,10 +182,9 @@ def test_a_closed_plan_cannot_have_lost_a_round(site: Site) -> None:
 
 def test_the_largest_of_all_heads_counts(site: Site) -> None:
     """The mirror knows more than the person who typed a head, or less; the file itself, if it can be read, too."""
-    with sqlite3.connect(site.path) as database:
+    with contextlib.closing(sqlite3.connect(site.path, isolation_level=None)) as database:
         database.execute("DROP TRIGGER no_delete")
         database.execute("DELETE FROM rows WHERE seq = (SELECT max(seq) FROM rows)")
-    database.close()
     assert fault_of(site.open) == "rolled back"
     assert site.restore([site.backed_up]).lost == site.head
     far = Site(site.path.parent / "far")
@@ -377,8 +386,9 @@ def test_a_crash_at_any_step_leaves_no_usable_ledger_that_forgot_and_the_next_ru
                 except Crash:
                     steps += 1
             died = count >= number
-            if died:
-                _check_nothing_forgotten(site, damage)
+            if died:  # refused, or whole as it was, or the restored one
+                with contextlib.suppress(LedgerError), site.open() as ledger:
+                    assert ledger.holds(site.head)
             site.restore([site.head])
             with site.open() as ledger:
                 assert ledger.holds(site.head)
@@ -387,13 +397,3 @@ def test_a_crash_at_any_step_leaves_no_usable_ledger_that_forgot_and_the_next_ru
             if not died:
                 break
     assert steps > 15
-
-
-def _check_nothing_forgotten(site: Site, damage: str) -> None:
-    """After a crash the ledger is refused, or it is whole as it was, or it is the restored one."""
-    try:
-        with site.open() as ledger:
-            known = ledger.holds(site.head)
-    except LedgerError:
-        return
-    assert known, damage

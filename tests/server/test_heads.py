@@ -202,3 +202,37 @@ def test_checkpoints_weights_and_bundle_name_the_heads_that_are_in_them(
     told = {site: str(head) for site, head in heads.items()}
     assert bundle.read_manifest(study_finished.folder.bundle).ledger_heads == told
     assert load_release_model(study_finished.folder.bundle / "model").facts["ledger_heads"] == told
+
+
+def test_a_site_that_restored_its_ledger_is_believed_again(
+    study: Any, study_edit: Callable[..., None], study_sites: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Its file and mirror are lost after a round; the head to name comes from the coordinator's heads.json."""
+    from client.restoration import restore_ledger
+    from privacy.identity import IdentityKey
+
+    site, officer = "birch-memory", IdentityKey(b"\x31" * 32)
+    officer.save(tmp_path / "stick" / "officer.key")
+    pinned = f'min_contributors = 3\nofficer_key = "{officer.public.hex()}"'
+    study_edit(study, "min_contributors = 3", pinned, site)
+    study.deliver()
+    backup = tmp_path / "backup.sqlite"
+    shutil.copy(study.site(site) / "ledger.sqlite", backup)
+    sums = aggregator(study, Sites(study)).run(marginals(study), study_sites)
+    told = {name: f"{seq}:{digest}" for name, (seq, digest) in sums.heads.items()}
+    Checkpoints(study.folder.checkpoints).save(
+        "marginals", 0, {"x": np.zeros(1)}, {"heads": {s: list(h) for s, h in sums.heads.items()}}
+    )
+    for name in ("ledger.sqlite", "ledger.head"):
+        (study.site(site) / name).unlink()
+    assert gather(study.session()) == tuple(name for name in study_sites if name != site)
+
+    known = aggregator(study, Sites(study)).known_heads
+    last = known.last(site)
+    assert last is not None
+    restored = restore_ledger(study.site(site), backup, [last], tmp_path / "stick" / "officer.key")
+    assert restored.charges[study.plan.hash]["core"] == restored.gap >= 1
+    assert gather(study.session()) == study_sites
+    answer = study.send(site, study.task("core", heads=told))
+    assert isinstance(answer, MaskedAnswer), answer
+    assert known.objection(site, Head(answer.ledger_seq, answer.ledger_hash), Head.parse(told[site])) == ""
