@@ -17,10 +17,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from medgen_models.adapters import Trained, add_lora, trainable_names
+
 Units = dict[str, Tensor]
 Case = Literal["core", "vae-3d", "aekl-3d", "unet-2d", "unet-3d", "unet-2d-wide"]
 CASES: tuple[Case, ...] = get_args(Case)
 SEED = 5
+LORA_RANK = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Network:
         unit_loss: loss of one patient given trainable parameters and unit.
         batch_losses: losses (B,) of all patients through a module (the network itself, or Opacus's wrapper of it).
         make_units: ``make_units(patients, draws)``: B-leading units.
+        trained: names of the trained weights; None for all.
     """
 
     about: str
@@ -40,16 +44,22 @@ class Network:
     unit_loss: Callable[[dict[str, Tensor], Units], Tensor]
     batch_losses: Callable[[nn.Module, Units], Tensor]
     make_units: Callable[[int, int], Units]
+    trained: tuple[str, ...] | None = None
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """All weights, detached."""
-        return {name: value.detach().clone() for name, value in self.module.named_parameters()}
+        """The trained weights, detached."""
+        chosen = self.trained
+        return {
+            name: value.detach().clone()
+            for name, value in self.module.named_parameters()
+            if chosen is None or name in chosen
+        }
 
     @property
     def weights(self) -> int:
-        """Number of weights."""
-        return sum(value.numel() for value in self.module.parameters())
+        """Number of trained weights."""
+        return sum(value.numel() for value in self.params.values())
 
 
 def network(case: Case, size: float = 1.0) -> Network:
@@ -74,7 +84,12 @@ def _wide(channels: int, size: float) -> int:
     return max(16, round(channels * size / 16) * 16)
 
 
-def _core(size: float) -> Network:
+def core_group(which: Trained) -> Network:
+    """The core with one trained group: what is frozen should cost nothing."""
+    return _core(1.0, which)
+
+
+def _core(size: float, which: Trained = "all") -> Network:
     from medgen_models.core import CoreConfig, TokenCore
     from medgen_models.flow import FlowConfig, make_unit_loss, make_units, patient_losses
     from medgen_models.layout import Layout
@@ -84,6 +99,8 @@ def _core(size: float) -> Network:
     layout = Layout.of(demo_schema())
     config = CoreConfig(width=4 * round(24 * size))
     core = TokenCore(layout, config, torch.Generator().manual_seed(SEED)).requires_grad_(False)
+    if which == "lora":
+        core = add_lora(core, LORA_RANK, torch.Generator().manual_seed(SEED))
     flow = FlowConfig(draws=1)
 
     def units(patients: int, draws: int) -> Units:
@@ -101,8 +118,11 @@ def _core(size: float) -> Network:
     def batch_losses(module: nn.Module, batch: Units) -> Tensor:
         return patient_losses(module, batch, core.onehot_NI, flow.cap)
 
-    about = f"token core, {layout.tokens} tokens, width {config.width}"
-    return Network(about, core, make_unit_loss(core, flow), batch_losses, units)
+    about = f"token core, {layout.tokens} tokens, width {config.width}" + (
+        "" if which == "all" else f", {which} trained"
+    )
+    trained = None if which == "all" else trainable_names(core, which)
+    return Network(about, core, make_unit_loss(core, flow), batch_losses, units, trained)
 
 
 def _vae(size: float) -> Network:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from medgen_models.adapters import Trained
 from privacy.gradients import measure_speed
-from simulations.benchmarks.dp_networks import Case, network
+from simulations.benchmarks.dp_networks import Case, Network, core_group, network
 from simulations.benchmarks.dp_step import paired_seconds, plain_step, private_step
 from simulations.benchmarks.runner import Row
 
@@ -28,6 +29,27 @@ def scaling(plot: Path) -> list[Row]:
     """Measure every point and draw the curves into ``plot``."""
     found = {axis: {at: _point(axis, case, at) for at in points} for axis, (case, points) in CURVES.items()}
     draw(plot, found)
+    return [*_groups(), *_curves(found)]
+
+
+def _groups() -> list[Row]:
+    """The core with fewer trained weights: a frozen layer costs a private step no more than a plain one."""
+    rows = []
+    for which in get_args(Trained):
+        net = core_group(which)
+        plain, ours = _seconds(net, PATIENTS)
+        rows.append(
+            Row(
+                measure=f"trained group: {which}, {net.weights} weights of the core, {PATIENTS} patients x {DRAWS} draws",
+                value=ours / plain,
+                unit="x plain step of the same group",
+                peers={"seconds plain": plain, "seconds private": ours},
+            )
+        )
+    return rows
+
+
+def _curves(found: Mapping[Axis, Mapping[float, tuple[float, float]]]) -> list[Row]:
     return [
         Row(
             measure=f"scaling: {CURVES[axis][0]}, {axis} {at:g}, {DRAWS} draws",
@@ -49,6 +71,11 @@ def _point(axis: Axis, case: Case, at: float) -> tuple[float, float]:
             net, patients = network(case, at / 96), PATIENTS
         case "edge of a volume":
             net, patients = network(case, at / 32), PATIENTS // 2
+    return _seconds(net, patients)
+
+
+def _seconds(net: Network, patients: int) -> tuple[float, float]:
+    """Median seconds of a plain and of a private step of this network."""
     units = net.make_units(patients, DRAWS)
     _, speed = measure_speed(net.unit_loss, net.params, units, repeats=1)
     seconds = paired_seconds(
