@@ -153,7 +153,7 @@ def measure_speed(
     """Engine and chunk for this loss by a short trial on these units, which are public data; to be written down once.
 
     Every trial handles all units and takes their norms as a step would; the best of ``repeats`` counts. Of all trials within
-    five per cent of the fastest the one with the smallest chunk is taken: it needs the least memory. An engine that cannot
+    ten per cent of the fastest the one with the smallest chunk is taken: it needs the least memory. An engine that cannot
     run this loss is left out.
 
     Returns:
@@ -181,7 +181,7 @@ def measure_speed(
     if not found:
         raise ValueError(f"no engine can differentiate this loss per patient: {'; '.join(failed)}; see the probe")
     fastest = min(seconds for seconds, _ in found)
-    return min((entry for entry in found if entry[0] <= 1.05 * fastest), key=lambda entry: entry[1].chunk)
+    return min((entry for entry in found if entry[0] <= 1.1 * fastest), key=lambda entry: entry[1].chunk)
 
 
 def _trial(unit_loss: UnitLoss, params: Params, units: Units, speed: Speed) -> float:

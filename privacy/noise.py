@@ -19,7 +19,8 @@ Not covered
       2^30, and by more in the far tail: 1e-6 at 7.5 deviations, 3e-4 at 8 (measured), which one value in 10^15 passes.
       This is not part of (epsilon, delta); the discrete Gaussian (``privacy/discrete_gaussian.py``) would close it.
       Adding a sum that is much larger than the noise opens nothing more: a float64 sum is a function of the exact one.
-    * A virtual machine that is cloned or set back while a source is in use: both copies go on with one key.
+    * A virtual machine that is cloned or set back, for as long as its operating system's random pool is the same in both copies;
+      fresh bytes of the pool enter the key at every request.
     * Somebody who reads this process's memory or its operating system's random pool.
     * :func:`test_noise`: anybody who knows the labels removes that noise. Whatever used it is not private.
 """
@@ -108,7 +109,10 @@ class ChaChaNoise:
         if key is None:
             raise RuntimeError("two threads draw from one noise source at once; make one source for each")
         stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
-        self._key = stream.update(bytes(KEY_BYTES))
+        erased = stream.update(bytes(KEY_BYTES))
+        # fresh bytes at every request: a copied process or machine goes on with other noise
+        fresh = bytes(KEY_BYTES) if self._deterministic else os.urandom(KEY_BYTES)
+        self._key = bytes(a ^ b for a, b in zip(erased, fresh, strict=True))
         stream.update_into(zeros.data, out.data)
         return out
 

@@ -44,7 +44,7 @@ class TrainingStage(Frozen):
         sampling_rate: Poisson rate q per patient and step, public.
         steps: noised steps per round.
         rounds, spare_rounds: planned rounds, and rounds kept for interrupted ones; both are charged.
-        clip: L2 bound C on one patient's gradient, public.
+        clip: L2 bound C on one patient's gradient, public; far from where float32 squares vanish or overflow.
         sigma: noise multiplier, noise std on the sum / C. Before :meth:`DPPlan.calibrate` it is the stage's relative
             weight; 0 after it means not private.
         draws: noise draws averaged inside one patient's gradient; free in privacy.
@@ -57,7 +57,7 @@ class TrainingStage(Frozen):
     steps: Count
     rounds: Count
     spare_rounds: int = Field(default=2, ge=0, le=1000, strict=True)
-    clip: Positive
+    clip: float = Field(ge=1e-9, le=1e9)
     sigma: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     draws: Count = 1
     calibrated: bool = False

@@ -67,7 +67,14 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, sigma: float, clip: float, divisor: float, noise: NoiseSource
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        sigma: float,
+        clip: float,
+        divisor: float,
+        noise: NoiseSource,
+        chunk: int = 16,
     ) -> None:
         super().__init__(
             optimizer,
@@ -77,6 +84,7 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
             loss_reduction="mean",
         )
         self._noise = noise
+        self._chunk = chunk
         self._losses: Tensor | None = None
         self._total: Tensor | None = None
 
@@ -100,10 +108,14 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
     def clip_and_accumulate(self) -> None:
         """Add each patient's gradient, scaled to at most C, to the float64 sums; :func:`clip_factors` has the argument."""
         bounds = norm_bounds(self.grad_samples)
+        if len(bounds) > self._chunk:
+            raise ValueError(
+                f"Expected at most {self._chunk} patients at once, got {len(bounds)}; hand them over in chunks"
+            )
         finite = torch.isfinite(bounds)
         if self._losses is not None:
             finite &= torch.isfinite(self._losses)
-        factors = torch.where(finite, clip_factors(bounds, self.max_grad_norm), 0.0)
+        factors = torch.where(finite, clip_factors(bounds, self.max_grad_norm, self._chunk), 0.0)
         silent = (~finite).nonzero()[:, 0]
         for parameter, total in zip(self.params, self._sums(), strict=True):
             stored, order = as_stored(parameter.grad_sample)
@@ -153,17 +165,17 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
         self._is_last_step_skipped = False
 
 
-def clip_factors(bounds_B: Tensor, clip: float) -> Tensor:
-    """Factors (B,) that bring every patient of one chunk to at most C, rounding of the chunk's float32 sum included.
+def clip_factors(bounds_B: Tensor, clip: float, chunk: int) -> Tensor:
+    """Factors (B,) that bring every patient to at most C, rounding of a chunk's float32 sum included.
 
-    With gradients g_i and factors f_i, the float32 sum of B terms in any order is off by at most gamma_B sum |f_i g_i| in every
-    coordinate, gamma_B = B u / (1 - B u), u = 2^-24 (Higham (2002), eq. 3.5). Replacing one patient by an empty record keeps
-    rows and chunks, so the computed sum moves by at most max |f_i g_i| (1 + 2 B gamma_B) in L2: scaling to
-    C / (1 + 2 B gamma_B) keeps it within C. For 16 patients that costs 3e-5 of the clip. Chunk sums are added up in float64.
+    With gradients g_i and factors f_i, the float32 sum of n terms in any order is off by at most gamma_n sum |f_i g_i| in every
+    coordinate, gamma_n = n u / (1 - n u), u = 2^-24 (Higham (2002), eq. 3.5). Replacing one patient by an empty record keeps
+    rows and chunks, so the computed sum moves by at most max |f_i g_i| (1 + 2 n gamma_n) in L2: scaling to
+    C / (1 + 2 n gamma_n) keeps it within C. n is the public size of a chunk, full or not, so that no patient's factor depends on
+    how many others are there. For 16 patients that costs 3e-5 of the clip. Chunk sums are added up in float64.
     """
-    patients = len(bounds_B)
-    gamma = patients * 2.0**-24 / (1.0 - patients * 2.0**-24)
-    aimed = clip / ((1.0 + 2.0 * patients * gamma) * (1.0 + 2.0**-20))  # the last for rounding factors to float32
+    gamma = chunk * 2.0**-24 / (1.0 - chunk * 2.0**-24)
+    aimed = clip / ((1.0 + 2.0 * chunk * gamma) * (1.0 + 2.0**-20))  # the last for rounding factors to float32
     return aimed / torch.clamp(bounds_B, min=aimed)
 
 
@@ -224,7 +236,9 @@ def train_round(
     named = {name: nn.Parameter(value.detach().clone().to(torch.float32)) for name, value in params.items()}
     adam = torch.optim.AdamW(list(named.values()), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
     _load_state(adam, named, optimizer_state)
-    optimizer = StreamDPOptimizer(adam, sigma=stage.sigma, clip=stage.clip, divisor=stage.divisor(n_decl), noise=noise)
+    optimizer = StreamDPOptimizer(
+        adam, sigma=stage.sigma, clip=stage.clip, divisor=stage.divisor(n_decl), noise=noise, chunk=speed.chunk
+    )
     generator = noise.torch_generator()
     try:
         for step in range(stage.steps):

@@ -86,7 +86,9 @@ def private_step(net: Network, units: Units, speed: Speed) -> Step:
     named = {name: nn.Parameter(value) for name, value in net.params.items()}
     adam = torch.optim.AdamW(list(named.values()), lr=1e-3, fused=True)
     patients = len(next(iter(units.values())))
-    optimizer = StreamDPOptimizer(adam, sigma=1.0, clip=1.0, divisor=float(patients), noise=system_noise())
+    optimizer = StreamDPOptimizer(
+        adam, sigma=1.0, clip=1.0, divisor=float(patients), noise=system_noise(), chunk=speed.chunk
+    )
 
     def step() -> None:
         current = {name: value.detach() for name, value in named.items()}

@@ -91,6 +91,16 @@ def test_nothing_repeats_within_a_source() -> None:
     assert not torch.equal(source.gaussian((64,), 1.0), source.gaussian((64,), 1.0))
 
 
+def test_copies_of_a_process_go_on_with_other_noise() -> None:
+    """Two copies with one key give out the same bytes once at most: fresh bytes of the system enter the next key."""
+    first, second = (ChaChaNoise(bytes(range(32)), deterministic=False) for _ in range(2))
+    assert np.array_equal(first.words(4), second.words(4))
+    assert not np.array_equal(first.words(4), second.words(4))
+    first, second = (ChaChaNoise(bytes(range(32)), deterministic=True) for _ in range(2))
+    first.words(4), second.words(4)
+    assert np.array_equal(first.words(4), second.words(4))
+
+
 def test_the_key_is_erased_before_its_bytes_are_used() -> None:
     source = ChaChaNoise(bytes(range(32)), deterministic=True)
     before = source._key

@@ -105,7 +105,7 @@ def clipped_sum(vectors: Tensor, clip: float, chunk: int) -> Tensor:
     """The sum that noise would be added to, by the same calls that training makes."""
     parameter = nn.Parameter(torch.zeros(vectors.shape[1]))
     optimizer = StreamDPOptimizer(
-        torch.optim.SGD([parameter], lr=1.0), sigma=0.0, clip=clip, divisor=1.0, noise=test_noise("none")
+        torch.optim.SGD([parameter], lr=1.0), sigma=0.0, clip=clip, divisor=1.0, noise=test_noise("none"), chunk=chunk
     )
     for part in torch.split(vectors, chunk):
         gradients, losses = raw_gradients(
@@ -157,12 +157,26 @@ def test_norms_are_bounds_and_close() -> None:
     assert norm_bounds([torch.zeros(0, 7)]).shape == (0,)
 
 
-@pytest.mark.parametrize("patients", [1, 16, 256])
-def test_factors_scale_to_just_below_the_clip(patients: int) -> None:
-    factors = clip_factors(torch.full((patients,), 8.0), 2.0)
+@pytest.mark.parametrize("chunk", [1, 16, 256])
+def test_factors_scale_to_just_below_the_clip_whoever_else_is_there(chunk: int) -> None:
+    factors = clip_factors(torch.full((chunk,), 8.0), 2.0, chunk)
     assert float(factors[0]) * 8.0 < 2.0
-    assert float(factors[0]) * 8.0 == pytest.approx(2.0 / (1 + 2 * patients**2 * 2.0**-24), rel=1e-4)
-    assert clip_factors(torch.zeros(patients), 2.0).tolist() == [1.0] * patients
+    assert float(factors[0]) * 8.0 == pytest.approx(2.0 / (1 + 2 * chunk**2 * 2.0**-24), rel=1e-4)
+    assert float(clip_factors(torch.tensor([8.0]), 2.0, chunk)[0]) == float(factors[0])  # alone or not
+    assert clip_factors(torch.zeros(chunk), 2.0, chunk).tolist() == [1.0] * chunk
+
+
+def test_more_patients_than_a_chunk_are_not_summed_at_once() -> None:
+    with pytest.raises(ValueError, match="in chunks"):
+        clipped_sum_at_once(torch.ones(5, 2), 4)
+
+
+def clipped_sum_at_once(vectors: Tensor, chunk: int) -> None:
+    parameter = nn.Parameter(torch.zeros(vectors.shape[1]))
+    optimizer = StreamDPOptimizer(
+        torch.optim.SGD([parameter], lr=1.0), sigma=0.0, clip=1.0, divisor=1.0, noise=test_noise("none"), chunk=chunk
+    )
+    optimizer.accumulate({"w": vectors}, {"w": parameter})
 
 
 def test_the_clip_is_over_all_parameters_and_leaves_small_gradients_alone(dp_stage: Stage, dp_sum: Read) -> None:
