@@ -49,14 +49,17 @@ COVERAGE = (
     ),
     (
         "A patient of two sites: the larger epsilon is printed",
-        "A patient of more than two sites, or under two names at one",
+        "A patient of more than two sites, or under two names at one where no column tells",
     ),
     (
         "All plans of a site together, by a lifetime ceiling for each data block",
         "Choosing the best of several studies, unless their trials are in the plan",
     ),
     ("Interrupted rounds: charged before a record is opened", "A coordinator that adds up or samples wrongly"),
-    ("An edited or older ledger", "Ledger and mirror put back together"),
+    (
+        "An edited or older ledger, its mirror put back with it: site and coordinator compare heads",
+        "Ledger, mirror, site log and every remembered head put back together",
+    ),
     ("One site's numbers, from a curious coordinator", "The sum of two others, from a peer in a cohort of three"),
     ("Replayed, forged, changed plans and tasks", "Encryption and signed answers on the network"),
     ("Errors: one closed code, whatever the records hold", "Timing of answers"),
