@@ -120,6 +120,7 @@ LINES: dict[str, Check] = {
     "training": suite(
         "Training: Poisson, constants, chunks, empty batches, silence, no state left behind",
         f"{PRIVACY}/test_training.py",
+        f"{PRIVACY}/test_clipping.py",
     ),
     "engines": suite(
         "Gradient engines behind one contract, measured once; ghost, ew, adaptive, GDP refused with the reason",
@@ -157,8 +158,9 @@ LINES: dict[str, Check] = {
         f"{PRIVACY}/test_spendfile.py",
     ),
     "exhaustive": suite(
-        "Kill -9 at 200 random instants: never lost, never double-spent, the study resumes",
+        "Kill -9 at 200 random instants: never lost, never double-spent, the study resumes; canaries with secret noise",
         "tests/client/test_durability.py",
+        f"{PRIVACY}/test_canary_audit.py",
         marker="exhaustive",
     ),
     "statistics": suite(
@@ -176,7 +178,14 @@ LINES: dict[str, Check] = {
     "shared-noise": suite(
         "Distributed noise: a benchmarked prototype that no plan can name", f"{PRIVACY}/test_shared_noise.py"
     ),
-    "soundness": suite("The ten soundness tests", f"{PRIVACY}/test_soundness.py", f"{PRIVACY}/test_canary_audit.py"),
+    "soundness": suite(
+        "The ten soundness tests",
+        f"{PRIVACY}/test_soundness.py",
+        f"{PRIVACY}/test_canary_audit.py",
+        f"{PRIVACY}/test_probe_networks.py",
+        "tests/client/records/test_one_patient.py",
+        "tests/test_leak_lint.py",
+    ),
     "seeded-bugs": suite("Each seeded bug fails the test named for it", f"{PRIVACY}/test_seeded_bugs.py"),
     "edges": suite(
         "Sharp edges page: every pitfall has a class, a prevention and a test that exists", "tests/test_docs.py"
