@@ -125,6 +125,7 @@ LINES: dict[str, Check] = {
     "engines": suite(
         "Gradient engines behind one contract, measured once; ghost, ew, adaptive, GDP refused with the reason",
         f"{PRIVACY}/test_gradients.py",
+        f"{PRIVACY}/test_convolutions.py",
         "tests/client/test_speed.py",
         "tests/simulations/test_bench_dp_step.py",
     ),
