@@ -45,6 +45,7 @@ from server.warmup import PublicPatients, level_shifts, warm_up
 from simulations.benchmarks.frontier_world import FACTOR, Shift, Sizes, World, measured, shift_tokens
 
 Where = Literal["one site", "federated", "pooled"]
+WarmUp = Literal["none", "public", "prototypes"]
 Floats = NDArray[np.float64]
 DELTA = 1e-5
 RANK = 4
@@ -72,7 +73,8 @@ class Cell:
         group: the trained weights.
         draws: noise draws of a patient inside one clip.
         where: all hospitals, the first one alone, or all patients at one site.
-        prototypes: warm the public core up on noised level means first.
+        warm_up: public steps before the private ones: ``prototypes`` on public patients moved to noised level means,
+            ``public`` on the same patients where they were, which asks nobody and is the control of the other.
         average: decay of the running mean of the weights over rounds, which is then what is used; 0 for none.
     """
 
@@ -86,7 +88,7 @@ class Cell:
     draws: int = 4
     where: Where = "federated"
     average: float = 0.0
-    prototypes: bool = False
+    warm_up: WarmUp = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +148,9 @@ def run_cell(cell: Cell, sizes: Sizes, public: PublicModel, world: World, seed: 
         sites = sites_of(cell, world)
         tables = _marginals(plan, sites, world, noise)
         state = _recentre(plan, cell, sites, public, noise)
-        if cell.prototypes:
-            state = _warm_up(plan, sites, public, world, state, seed, noise)
+        if cell.warm_up != "none":
+            shift = _level_shifts(plan, sites, public, world, state, noise) if cell.warm_up == "prototypes" else {}
+            state = {**state, **_warmed(public, world, shift, seed)}
         if cell.trained:
             state = _train(plan, cell, sites, public, state, noise)
         model = assemble(public, state, cell.group, RANK)
@@ -167,7 +170,7 @@ def plan_of(cell: Cell, sizes: Sizes, public: PublicModel, world: World) -> DPPl
     ]
     if cell.recentred:
         stages.append(QueryStage(name=RECENTRE, sigma=QUERY_SIGMA[RECENTRE] * ease, sensitivity=public.recentre_norm))
-    if cell.prototypes:
+    if cell.warm_up == "prototypes":
         stages.append(
             QueryStage(
                 name=PROTOTYPES,
@@ -248,16 +251,16 @@ def _recentre(plan: DPPlan, cell: Cell, sites: Sequence[Site], public: PublicMod
     }
 
 
-def _warm_up(
-    plan: DPPlan,
-    sites: Sequence[Site],
-    public: PublicModel,
-    world: World,
-    state: State,
-    seed: int,
-    noise: NoiseSource,
-) -> State:
-    """The state with all weights of a core that was warmed up on public patients moved to the noised level means."""
+def _warmed(public: PublicModel, world: World, shift: Mapping[str, Floats], seed: int) -> State:
+    """All weights of the public core after a few more public steps on public patients moved by their levels' shifts."""
+    patients = PublicPatients(world.public, world.public_levels)
+    return warm_up(public, patients, shift, steps=WARM_STEPS, learning_rate=WARM_RATE, seed=seed)
+
+
+def _level_shifts(
+    plan: DPPlan, sites: Sequence[Site], public: PublicModel, world: World, state: State, noise: NoiseSource
+) -> dict[str, Floats]:
+    """How far each level lies from the public one in each image slot, from what all sites say under noise."""
     stage, bound = plan.query(PROTOTYPES), slot_bound(public)
     sigma = stage.sigma * math.sqrt(len(image_slots(public)))
     levels = len(factor_of(public.schema, FACTOR).levels)
@@ -273,7 +276,7 @@ def _warm_up(
             total = total + noisy_prototypes(vectors.double().numpy(), own_B, levels, bound, sigma, noise)
         noise_std = stage.noise_std * len(sites) ** 0.5
         found[slot] = level_shifts(total, public.bank, patients, slot, bound, noise_std)
-    return {**state, **warm_up(public, patients, found, steps=WARM_STEPS, learning_rate=WARM_RATE, seed=seed)}
+    return found
 
 
 def slot_bound(public: PublicModel) -> float:

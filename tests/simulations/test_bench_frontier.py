@@ -169,15 +169,21 @@ def test_without_noise_recentring_takes_the_hospitals_mean_away(public: PublicMo
 
 
 def test_a_warm_up_asks_for_prototypes_and_hands_all_weights_on(public: PublicModel, mean_world: World) -> None:
-    cell = Cell("x", epsilon=math.inf, prototypes=True)
+    cell = Cell("x", epsilon=math.inf, warm_up="prototypes")
     plan = plan_of(cell, MICRO, public, mean_world)
     assert [stage.name for stage in plan.stages] == [MARGINALS, RECENTRE, PROTOTYPES, CORE]
     sites, noise = sites_of(cell, mean_world), known_noise("x", "y", "prototypes", 0, 0)
     assert all(len(site.levels) == site.n_decl for site in sites)
-    state = frontier_cell._warm_up(plan, sites, public, mean_world, {}, 5, noise)
+    shift = frontier_cell._level_shifts(plan, sites, public, mean_world, {}, noise)
+    assert {slot: value.shape for slot, value in shift.items()} == dict.fromkeys(("mri", "pet", "cxr"), (4, 64))
+    state = frontier_cell._warmed(public, mean_world, shift, 5)
     start = dict(public.core.named_parameters())
     assert set(state) == set(start)
     assert any(not np.array_equal(state[name], start[name].numpy()) for name in start)
+    control = Cell("x", epsilon=math.inf, warm_up="public")
+    assert [stage.name for stage in plan_of(control, MICRO, public, mean_world).stages] == [MARGINALS, RECENTRE, CORE]
+    still = frontier_cell._warmed(public, mean_world, {}, 5)
+    assert any(not np.array_equal(state[name], still[name]) for name in start)
 
 
 def test_private_training_moves_the_group_that_it_names_alone(public: PublicModel, mean_world: World) -> None:
