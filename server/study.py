@@ -111,6 +111,8 @@ class RecentreConfig(_Public):
 class PrototypesConfig(_Public):
     """Warm-up of the public core on noised mean tokens per level of a factor: one DP query, then public steps.
 
+    Off by default: in ``bench frontier`` it does no better than as many more public steps without the query.
+
     Attributes:
         factor: a factor of the schema whose levels patients share, such as the pathology.
         sigma, bound, spare_rounds: of the query; ``bound`` is the L2 bound of a patient's mean token of one slot, and 0

@@ -99,7 +99,8 @@ class Utility:
         kept: share of the correlations between images and rows among real held-out patients that patients drawn given
             rows keep; 1 is all of them.
         distance: Fréchet distance between tokens of drawn and of real held-out images under the public codecs, mean over
-            image instances; 0 is the same mean and covariance, and two real samples are some way above it.
+            image instances; 0 is the same mean and covariance, and two real samples are some way above it. It sees each kind of image by
+            itself: a core that learned nothing about rows can score well.
         loss: the core's loss on held-out patients over fixed draws.
         epsilon: what the plan spends, by privacy loss distributions.
         sigma: noise multiplier of the core's steps.
