@@ -5,7 +5,8 @@ at three seeds: other patients, other public model, other noise. A figure is the
 highest value, and the median of its ratios to the centre of the same seed. Sizes and learning rates were chosen on other
 phantoms than these (seeds from 77 on), never on these hospitals.
 
-Results go to a line file as soon as they are there, so an interrupted benchmark goes on where it was. See
+Results go to a line file as soon as they are there, each with the commit that made it, so an interrupted benchmark goes on
+where it was. After a change of code delete that file and the cache beside it: only changed settings are noticed. See
 :mod:`simulations.benchmarks.frontier_world` for the shifts and :mod:`simulations.benchmarks.frontier_cell` for the measures.
 """
 
@@ -28,10 +29,11 @@ from rich.console import Console
 
 from privacy.noise import system_noise
 from server.checkpoints import write_atomically
+from simulations.benchmarks import frontier_cell, frontier_world
 from simulations.benchmarks.frontier_cell import Cell, Utility, run_cell
 from simulations.benchmarks.frontier_plot import draw
 from simulations.benchmarks.frontier_world import Sizes, public_model, world
-from simulations.benchmarks.runner import BenchResult, Row, collect
+from simulations.benchmarks.runner import BenchResult, Row, collect, commit
 
 SEEDS = (1, 2, 3)
 WORKERS = 2
@@ -138,14 +140,20 @@ def read_results(lines: Path, cells: Sequence[Cell], seeds: Sequence[int], sizes
 
 def _append(lines: Path, cell: Cell, seed: int, sizes: Sizes, found: Utility) -> None:
     lines.parent.mkdir(parents=True, exist_ok=True)
-    entry = {"key": _key(cell, seed, sizes), "cell": cell.name, "seed": seed, "utility": dataclasses.asdict(found)}
+    entry = {
+        "key": _key(cell, seed, sizes),
+        "commit": commit(),
+        "cell": cell.name,
+        "seed": seed,
+        "utility": dataclasses.asdict(found),
+    }
     with lines.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(entry) + "\n")
 
 
 def _key(*parts: Any) -> str:
-    """A digest of public settings, by value."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    """A digest of settings by value, those of both modules beside it included; not of the code."""
+    return hashlib.sha256(repr((parts, frontier_cell.settings(), frontier_world.settings())).encode()).hexdigest()[:16]
 
 
 def _models(missing: Iterable[tuple[Cell, int]]) -> list[tuple[int, bool]]:

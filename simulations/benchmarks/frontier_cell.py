@@ -59,6 +59,11 @@ LEARNING_RATE: Mapping[Trained, float] = {"all": 3e-3, "attention": 4e-3, "lora"
 """Chosen on other phantoms (see :data:`simulations.benchmarks.frontier.SEEDS`), the same at every epsilon."""
 
 
+def settings() -> tuple[object, ...]:
+    """Every constant that a result depends on."""
+    return (DELTA, RANK, GUIDANCE, LOSS_DRAWS, WARM_STEPS, WARM_RATE, dict(QUERY_SIGMA), dict(LEARNING_RATE))
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """What is varied; the defaults are the centre.

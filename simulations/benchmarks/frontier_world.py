@@ -62,6 +62,11 @@ PUBLIC_SEED, PATTERN_SEED, SITE_SEED = 100_000, 200_000, 300_000
 """Offsets that keep public patients, patients behind the pattern and hospital patients apart at every seed."""
 
 
+def settings() -> tuple[object, ...]:
+    """Every constant that a world depends on."""
+    return (SCANNER, POPULATIONS, FACTOR, AT_ONCE, PUBLIC_SEED, PATTERN_SEED, SITE_SEED)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """How large everything is; a change of any field is another benchmark.

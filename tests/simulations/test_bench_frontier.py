@@ -198,7 +198,9 @@ def test_private_training_moves_the_group_that_it_names_alone(public: PublicMode
         assert any(not np.array_equal(state[name], start[name].numpy()) for name in start), group
 
 
-def test_two_micro_cells_end_to_end_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_micro_cells_end_to_end_and_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = tmp_path / "out" / "frontier.json"
     cells = (Cell("centre", draws=1), Cell("public model", epsilon=0.0))
     lines = place.with_suffix(".cells.jsonl")
@@ -222,7 +224,10 @@ def test_two_micro_cells_end_to_end_and_resume(tmp_path: Path, capsys: pytest.Ca
     assert both.rows[7].peers["epsilon"] == 0.0
     assert place.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "2/2 public model, seed 5" in capsys.readouterr().err
+    assert len(read_results(lines, cells, (5,), MICRO)) == 2
     assert read_results(lines, cells, (5,), dataclasses.replace(MICRO, steps=2)) == {}
+    monkeypatch.setattr(frontier_cell, "WARM_STEPS", 1)
+    assert read_results(lines, cells, (5,), MICRO) == {}  # a constant changed
 
 
 def test_a_cell_reports_what_its_plan_says(public: PublicModel, mean_world: World) -> None:
