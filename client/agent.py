@@ -108,6 +108,13 @@ class SiteAgent:
                     "run `medgen site ledger restore` with that head",
                 )
             outbox = Outbox(self._folder)
+            last = outbox.last_head()
+            if last is not None and not ledger.holds(last):
+                raise LedgerError(
+                    "rolled back",
+                    f"a stored answer carries the head {last}, this ledger does not hold it",
+                    "run `medgen site ledger restore`; do not put ledger and mirror back by hand",
+                )
             outbox.begin(task, digest)
             if (stored := outbox.get(digest)) is not None:
                 return stored
@@ -126,6 +133,8 @@ class SiteAgent:
             raise Refused("COHORT_TOO_SMALL")  # before anything is charged
         token: DpToken | None = None
         if task.stage == AUDIT:
+            if outbox.opened(task.plan_hash, AUDIT):  # two opened sums over other sites subtract to one site's counts
+                raise Refused("UNCOVERED_CAP", "an audit of this plan was opened", "one audit a plan; plan a new study")
             values = evidence.audit(config, plan, task, ledger.uncovered(task.plan_hash, AUDIT, plan.audit.cap, digest))
             step = 1.0
         else:
@@ -143,7 +152,7 @@ class SiteAgent:
                 groups[name] = values[name].astype(np.float32)
         seq, head = ledger.head
         answer = to_bytes(MaskedAnswer(digest, groups, seq, head))
-        outbox.put(digest, answer)
+        outbox.put(digest, answer, Head(seq, head))
         if token is not None:
             ledger.commit(token, hashlib.sha256(answer).hexdigest())
         return answer

@@ -19,7 +19,7 @@ from pathlib import Path
 from privacy.book import Head
 from privacy.boundary.messages import MaskedAnswer, RoundTask, parse_as
 from privacy.boundary.refusals import Refused
-from privacy.chain import ChainFile, Link, canonical, write_durably
+from privacy.chain import ChainFile, Link, canonical, create_durably, write_durably
 
 _SHA = 32
 
@@ -43,6 +43,7 @@ class Outbox:
         self._answers = site_dir / "outbox"
         self._state = site_dir / "state"
         self._log = ChainFile(self._answers / "left.jsonl")
+        self._last_head = self._answers / "last.head"
 
     def begin(self, task: RoundTask, digest: str) -> Claim:
         """Bind this attempt to this task (``digest`` is the task's), durably; beginning it again changes nothing.
@@ -92,8 +93,8 @@ class Outbox:
             raise Refused("SITE_UNAVAILABLE", f"{path} was changed", "keep it for the officer; start another attempt")
         return stored[_SHA:]
 
-    def put(self, task_digest: str, answer: bytes) -> None:
-        """Store the answer to a task; file and folder are synced on return.
+    def put(self, task_digest: str, answer: bytes, head: Head | None = None) -> None:
+        """Store the answer to a task, and the ledger's head that it carries; files and folder are synced on return.
 
         The record of what left is written first: after a crash it may name an answer that never left, never the reverse.
 
@@ -106,7 +107,17 @@ class Outbox:
                 raise Refused("ATTEMPT_CONFLICT", "another answer to this task is stored", "send the stored one")
             return
         self.record("answer", answer, about=task_digest)
+        if head is not None:
+            write_durably(self._last_head, str(head).encode())
         write_durably(self._answer_path(task_digest), hashlib.sha256(answer).digest() + answer)
+
+    def last_head(self) -> Head | None:
+        """The head of the ledger that the newest stored answer carries: a ledger that does not hold it was put back.
+
+        Raises:
+            ValueError: the file was changed.
+        """
+        return Head.parse(self._last_head.read_text(encoding="ascii")) if self._last_head.exists() else None
 
     def heads(self) -> tuple[Head, ...]:
         """Heads of the ledger that stored answers carry; a damaged answer has none."""
@@ -116,10 +127,11 @@ class Outbox:
                 stored = self.get(path.stem)
                 answer = parse_as(stored if stored is not None else b"", MaskedAnswer)
                 found.append(Head(answer.ledger_seq, answer.ledger_hash))
-        return tuple(found)
+        last = self.last_head()
+        return tuple(found) if last is None else (*found, last)
 
     def settle_survivors(self, task_digest: str, survivors: tuple[str, ...]) -> None:
-        """Bind this task to one survivor set, durably, before any seed of it is revealed.
+        """Bind this task to one survivor set, durably, before any seed of it is revealed; of two at once one wins.
 
         Raises:
             Refused: ``SURVIVORS_CONFLICT`` if another set was answered; ``UNKNOWN_TASK`` if this site stored no answer.
@@ -128,11 +140,13 @@ class Outbox:
             raise Refused("UNKNOWN_TASK")
         path = self._state / "survivors" / f"{_checked(task_digest)}.json"
         text = canonical(sorted(survivors)).encode()
-        if path.exists():
-            if path.read_bytes() != text:
-                raise Refused("SURVIVORS_CONFLICT")
-        else:
-            write_durably(path, text)
+        if not create_durably(path, text) and path.read_bytes() != text:
+            raise Refused("SURVIVORS_CONFLICT")
+
+    def opened(self, plan_hash: str, stage: str) -> bool:
+        """Whether seeds of any attempt at this stage of this plan were revealed."""
+        settled = [path.stem for path in (self._state / "survivors").glob("*.json")]
+        return any((claim.plan_hash, claim.stage) == (plan_hash, stage) for claim in map(self.claimed, settled))
 
     def record(self, kind: str, payload: bytes, about: str = "") -> None:
         """Write down, before it leaves, that ``payload`` leaves: what it is, how long, its SHA-256, and about which task."""

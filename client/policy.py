@@ -75,6 +75,20 @@ def propose(site_dir: Path, plan_bytes: bytes, signature: bytes) -> Status:
     return known.get(name, "pending")
 
 
+def check_promise(plan: StudyPlan, promise: DPPlan) -> None:
+    """Hold the promise's words against what the site will do.
+
+    Raises:
+        Refused: ``BAD_PLAN`` if a number that the promise states is not the one that its code uses.
+    """
+    visits = plan.study_schema.get("max_visits", 1)
+    if promise.max_visits != visits:
+        raise Refused("BAD_PLAN", f"the promise counts {promise.max_visits} visits, the schema {visits}", "plan again")
+    trained = [plan.training, *([plan.codec] if plan.codec else [])]
+    if any(entry.weight_decay for entry in trained) or plan.training.flow:
+        raise Refused("BAD_PLAN", "weight decay or flow settings that no site applies", "leave them at their defaults")
+
+
 def check_roster(config: SiteConfig, plan: StudyPlan) -> None:
     """Hold a plan against ``site.toml`` and the site's own keys: everything but what it spends.
 
@@ -123,6 +137,7 @@ def approve(site_dir: Path, plan_bytes: bytes, signature: bytes, *, by: str = "o
         return name
     check_roster(config, plan)
     promise = dp_plan(plan)
+    check_promise(plan, promise)
     try:
         check = promise.cross_check()  # with this site's own libraries: nobody else's word is taken for it
     except AccountantsDisagree as error:

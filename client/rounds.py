@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -280,13 +281,13 @@ def prove(
 ) -> None:
     """Prove, before the first private step of a plan and stage, that per-patient gradients are exact.
 
-    Proved again where other groups are trained than before, or after another torch was installed.
+    Proved again where other groups are trained than before, or after another torch or medgen was installed.
 
     Raises:
         GradientProbeError: they are not; no record is trained on.
     """
     mark = config.folder / "state" / task.plan_hash / f"{task.stage}-probe.json"
-    proved = {"torch": torch.__version__, "parameters": sorted(params)}
+    proved = {"medgen": version("medgen"), "torch": torch.__version__, "parameters": sorted(params)}
     if not mark.is_file() or json.loads(mark.read_bytes()).get("proved") != proved:
         report = probe(unit_loss, dict(params), dict(units), modules)
         write_durably(mark, canonical({"proved": proved, **dataclasses.asdict(report)}).encode())

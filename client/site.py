@@ -14,7 +14,7 @@ from privacy.boundary.plan import Label
 from privacy.boundary.refusals import LedgerError, Refused
 from privacy.chain import ChainFile
 from privacy.ledger import EVERYONE, Ledger
-from privacy.plan import Ceilings
+from privacy.plan import Ceilings, largest_delta
 from privacy.speed import REFUSED
 
 Epsilon = Annotated[float, Field(gt=0.0, allow_inf_nan=True)]
@@ -151,7 +151,7 @@ class SiteConfig(_Frozen):
         return Ceilings(
             plan_epsilon=self.ceiling.plan_epsilon,
             lifetime_epsilon=self.ceiling.lifetime_epsilon,
-            delta=self.ceiling.delta,
+            delta=min(self.ceiling.delta, largest_delta(self.site.declared_capacity)),
         )
 
     @property

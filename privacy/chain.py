@@ -189,6 +189,25 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def create_durably(path: Path, data: bytes, mode: int = 0o600) -> bool:
+    """Make ``path`` with ``data``, on disk, unless it is there already; of several that try at once exactly one succeeds.
+
+    Returns:
+        False if ``path`` was there; its content is then not looked at.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
+    write_durably(draft, data, mode)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
 def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace ``path`` by ``data`` so that a crash at any instant leaves either the old content or the new, on disk."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -181,7 +181,7 @@ def measure_speed(
     if not found:
         raise ValueError(f"no engine can differentiate this loss per patient: {'; '.join(failed)}; see the probe")
     fastest = min(seconds for seconds, _ in found)
-    return min((entry for entry in found if entry[0] <= 1.1 * fastest), key=lambda entry: entry[1].chunk)
+    return min((entry for entry in found if entry[0] <= 1.1 * fastest), key=lambda entry: (entry[1].chunk, entry[0]))
 
 
 def _trial(unit_loss: UnitLoss, params: Params, units: Units, speed: Speed) -> float:

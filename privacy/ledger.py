@@ -21,6 +21,7 @@ Not covered: whether the code that holds a token does what the token says, and p
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -260,7 +261,8 @@ class Ledger:
         if not purpose:
             raise ValueError("expected a purpose, got an empty text; say what the records are read for")
         blocks = (EVERYONE,) if plan_hash is None else self._open_account(plan_hash).blocks
-        link = self._file.append("local", {"purpose": purpose}, mirror=False)
+        # the salt keeps whoever knows two heads from finding out by trial what was done between them
+        link = self._file.append("local", {"purpose": purpose, "salt": secrets.token_hex(16)}, mirror=False)
         self._book.apply(link)
         return LocalToken(self._site, link.seq, SEAL, purpose, blocks)
 

@@ -84,6 +84,10 @@ class Checkpoints:
                 found[site] = max(head, found.get(site, head))
         return found
 
+    def attempts(self, stage: str) -> int:
+        """Attempts at all finished rounds of ``stage``: what its sites were charged at most."""
+        return sum(int(self.load(stage, number).facts.get("attempts", 1)) for number in self.rounds(stage))
+
     def rounds(self, stage: str) -> list[int]:
         """Finished rounds of ``stage``, ascending."""
         return sorted(int(path.stem.rsplit("-", 1)[1]) for path in self._folder.glob(f"{stage}-*.safetensors"))

@@ -228,7 +228,7 @@ def _facts(sums: RoundSums) -> dict[str, object]:
 
 
 def _report_round(session: Session, stage: str, number: int, rounds: int, sums: RoundSums) -> None:
-    done = {entry.name: len(session.checkpoints.rounds(entry.name)) for entry in session.dp.stages}
+    done = {entry.name: session.checkpoints.attempts(entry.name) for entry in session.dp.stages}
     epsilon = session.dp.epsilon_after(done)
     session.events.write(
         "round",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,18 @@ def test_a_refusal_leaves_even_where_it_cannot_be_noted(study: Any, monkeypatch:
 
     monkeypatch.setattr(os, "open", full)
     assert from_bytes(SiteAgent(study.site(SITE)).handle(b"")) == Refusal("BAD_MESSAGE")
+
+
+def test_ledger_and_mirror_put_back_are_noticed_by_the_sites_own_answers(study: Any, tmp_path: Path) -> None:
+    """A coordinator that names no head cannot help: what was answered carries a later head than the ledger holds."""
+    study.deliver(SITE)
+    folder = study.site(SITE)
+    for name in ("ledger.sqlite", "ledger.head"):
+        shutil.copy2(folder / name, tmp_path / name)
+    assert isinstance(study.send(SITE, study.task("marginals")), MaskedAnswer)
+    for name in ("ledger.sqlite", "ledger.head"):
+        shutil.copy2(tmp_path / name, folder / name)
+    before = study.kinds(SITE)
+    assert study.send(SITE, study.task("marginals", attempt=1)).code == "LEDGER_UNUSABLE"
+    assert study.kinds(SITE) == before
+    assert "a stored answer carries the head" in (folder / "agent.log").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,11 @@ def test_without_both_outcomes_a_site_says_neither_way(asked: dict[str, Any]) ->
     assert 0 <= evidence.concordant_pairs(model, cohort, asked["records"].members, 10) <= 10
 
 
-def test_the_agent_masks_the_counts_and_counts_the_query(audited: Any) -> None:
+def test_the_agent_masks_the_counts_and_counts_the_query(
+    study_finished: Any, study_copy: Callable[..., Any], tmp_path: Path
+) -> None:
+    audited = study_copy(study_finished, tmp_path / "unopened")
+    shutil.rmtree(audited.site(SITE) / "state" / "survivors")  # as if its audit had never been opened
     before = audited.ledger(SITE)
     answer = audited.send(SITE, audit_task(audited, attempt=2))
     assert isinstance(answer, MaskedAnswer)
@@ -167,3 +172,11 @@ def test_a_cohort_that_is_not_its_manifest_is_not_read(
         evidence.read_cohort(asked["config"], audited.plan, task, asked["model"], asked["token"])
     assert found.value.code == expected
     assert not list((audited.site(SITE) / "cache").glob("cohort-*"))
+
+
+def test_one_audit_of_a_plan_is_opened_and_no_second_is_answered(audited: Any) -> None:
+    """Exact counts over two different cohorts would subtract to one site's own."""
+    before = audited.ledger(SITE).uncovered
+    reply = audited.send(SITE, audit_task(audited, attempt=2))
+    assert reply.code == "UNCOVERED_CAP"
+    assert audited.ledger(SITE).uncovered == before

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from client import outbox as module
 from client.outbox import Outbox
+from privacy.book import Head
 from privacy.boundary.messages import RoundTask
 from privacy.boundary.refusals import Refused
 
@@ -108,3 +111,36 @@ def test_a_crash_while_storing_leaves_no_answer(tmp_path: Path, monkeypatch: pyt
     assert len(Outbox(tmp_path).left()) == 1  # it may name what never left, never the reverse
     Outbox(tmp_path).put(TASK.digest(), b"recomputed")
     assert Outbox(tmp_path).get(TASK.digest()) == b"recomputed"
+
+
+def test_of_two_survivor_sets_at_once_exactly_one_is_settled(tmp_path: Path) -> None:
+    """Two requests race past the check; the file is made exclusively, so one of them is a conflict."""
+    refused = 0
+    for turn in range(20):
+        folder = tmp_path / str(turn)
+        Outbox(folder).put(TASK.digest(), b"answer")
+        barrier = threading.Barrier(2)
+
+        def settle(survivors: tuple[str, ...], folder: Path = folder, barrier: threading.Barrier = barrier) -> bool:
+            outbox = Outbox(folder)
+            barrier.wait()
+            try:
+                outbox.settle_survivors(TASK.digest(), survivors)
+            except Refused:
+                return False
+            return True
+
+        with ThreadPoolExecutor(2) as pool:
+            settled = list(pool.map(settle, [("a", "b", "c"), ("a", "b", "d")]))
+        refused += settled.count(False)
+        assert settled.count(True) == 1
+    assert refused == 20
+
+
+def test_the_newest_head_is_remembered_beside_the_answers(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    assert outbox.last_head() is None
+    for seq in (3, 5):
+        outbox.put(f"{seq}" * 64, b"answer", Head(seq, "a" * 64))
+    assert Outbox(tmp_path).last_head() == Head(5, "a" * 64)
+    assert Head(5, "a" * 64) in Outbox(tmp_path).heads()

@@ -316,3 +316,10 @@ def test_missing_keys_are_named(wall_site: Path, wall_propose: Propose) -> None:
         approve(wall_site, proposal)
     enrolment.make_keys(wall_site)
     assert refused(wall_site, proposal) == "ROSTER_KEYS"
+
+
+def test_the_lifetime_is_counted_at_a_delta_that_the_capacity_allows(wall_site: Path) -> None:
+    text = (wall_site / "site.toml").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("declared_capacity"))
+    (wall_site / "site.toml").write_text(text.replace(line, "declared_capacity = 20000"))
+    assert SiteConfig.load(wall_site).ceilings.delta == 5e-6

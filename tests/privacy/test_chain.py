@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privacy.chain import GENESIS, ChainError, ChainFile, Link, canonical, check, extend, link_hash, write_durably
+from privacy.chain import (
+    GENESIS,
+    ChainError,
+    ChainFile,
+    Link,
+    canonical,
+    check,
+    create_durably,
+    extend,
+    link_hash,
+    write_durably,
+)
 
 
 def chain(length: int) -> list[Link]:
@@ -115,3 +126,11 @@ def test_write_durably_replaces_whole_files_and_leaves_nothing_behind(tmp_path: 
         write_durably(path, None)  # type: ignore[arg-type]
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_create_durably_makes_a_file_once(tmp_path: Path) -> None:
+    assert create_durably(tmp_path / "a" / "file", b"first")
+    assert not create_durably(tmp_path / "a" / "file", b"second")
+    assert (tmp_path / "a" / "file").read_bytes() == b"first"
+    assert (tmp_path / "a" / "file").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]

@@ -309,7 +309,10 @@ def test_local_reads_are_recorded_and_spend_nothing(tmp_path: Path) -> None:
             ledger.local("")
     with reopened(tmp_path) as ledger:
         assert ledger.summary().local_reads == 1
-        assert ledger.rows()[-1].data() == {"purpose": "site check"}
+        first = ledger.rows()[-1].data()
+        assert (first["purpose"], len(first["salt"])) == ("site check", 32)
+        ledger.local("site check")
+        assert ledger.rows()[-1].data()["salt"] != first["salt"]  # nobody finds the purpose by trying hashes
 
 
 def test_what_leaves_needs_the_charge_of_its_own_task(ledger: Ledger) -> None:
