@@ -62,7 +62,10 @@ COVERAGE = (
     ),
     ("One site's numbers, from a curious coordinator", "The sum of two others, from a peer in a cohort of three"),
     ("Replayed, forged, changed plans and tasks", "Encryption and signed answers on the network"),
-    ("Errors: one closed code, whatever the records hold", "Timing of answers"),
+    (
+        "Errors: one closed code, whatever the records hold",
+        "Timing of answers, and the silence of a site that chose to sit out when it has a bad record",
+    ),
     ("Seeds: noise comes from the operating system", "Noise exact to the last float bit (it lies on a public grid)"),
     ("A study without noise says *not private* everywhere", "A study without noise protects nobody"),
 )
