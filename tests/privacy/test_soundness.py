@@ -163,8 +163,10 @@ def test_a_patient_counts_once_however_many_records_there_are(
         speed=FAST,
         noise=test_noise("records"),
     )
-    assert float(dp_sum(outcome, "w").norm()) == pytest.approx(0.5, rel=1e-4)
-    assert float(dp_sum(outcome, "w").norm()) <= 0.5 * (1 + 1e-6)
+    assert float(dp_sum(outcome, "w").norm()) == pytest.approx(
+        0.5, rel=1e-3
+    )  # room for rounding in a chunk of this size
+    assert float(dp_sum(outcome, "w").norm()) <= 0.5
 
 
 # --- 8: leaks ---------------------------------------------------------------------------------------------------------
