@@ -27,7 +27,7 @@ from client.records.config import FilmSource
 from client.records.draft import Draft
 from client.records.images import Array, checked, fit_frame, stretch, to_unit
 from client.records.problems import BadRecord, Problem, short
-from client.records.tables import read_table, rows_and_visits
+from client.records.tables import fail_lines, read_table, rows_and_visits
 from medgen_models.schema import Instance, Slot
 
 TIMES = (
@@ -165,10 +165,11 @@ def read_listing(draft: Draft, source: FilmSource, id_column: str) -> dict[tuple
     if not source.table or not path.is_file():
         return {}
     try:
-        table = read_table(path, draft.name(path), (id_column, "file", "role"))
+        table, bad = read_table(path, draft.name(path), (id_column, "file", "role"))
     except BadRecord as error:
         draft.problems.extend(error.problems)
         return {}
+    fail_lines(draft, draft.name(path), bad)
     hours = pd.to_numeric(table.get("hours_before", pd.Series("", index=table.index)), errors="coerce")
     place = zip(*rows_and_visits(draft, table, id_column, source.visit_column), strict=True)
     lines = zip(place, table["role"], table["file"], hours, strict=True)

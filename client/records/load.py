@@ -18,8 +18,10 @@ import pandas as pd
 from client.records import bids, cache, dicom, notes, series, tables
 from client.records.config import BidsSource, DataConfig, FilmSource, NotesSource, SeriesSource, TableSource
 from client.records.draft import Draft, patient_folder
+from client.records.lines import BadLine
 from client.records.problems import BadRecord, BadSite, NoAccess, NoPatients, Problem, short
 from client.records.register import Person, blocks_of, in_blocks, read_register
+from client.records.spelling import canonical_id, session_label
 from client.records.split import split_rows
 from client.records.standing import moved, remember_blocks, withdrawals, without_withdrawn
 from medgen_models.schema import PatientBatch, Schema, Slot
@@ -277,14 +279,14 @@ def session_labels(
         frames: tables with their id column and their session column (which a table need not have).
     """
     found: list[set[str]] = [set() for _ in names]
-    row_of = {tables.canonical_id(name): row for row, all_names in enumerate(names) for name in all_names}
+    row_of = {canonical_id(name): row for row, all_names in enumerate(names) for name in all_names}
     for row, name in ((row, name) for row, all_names in enumerate(names) for name in all_names if images):
         found[row] |= {p.name for p in patient_folder(root, name).glob("ses-*") if p.is_dir()}
     for frame, id_column, visit_column in frames:
         if visit_column in frame.columns:
             for name, label in frame[[id_column, visit_column]].drop_duplicates().itertuples(index=False):
-                place = row_of.get(tables.canonical_id(name))
-                text = tables.session_label("" if pd.isna(label) else label)
+                place = row_of.get(canonical_id(name))
+                text = session_label("" if pd.isna(label) else label)
                 if place is not None and text:
                     found[place].add(text)
     return [tuple(sorted(labels)) or ("",) for labels in found]
@@ -302,6 +304,7 @@ def _read(
     problems = list(chosen.problems)
     names = tuple(person.ids for person in chosen.persons)
     frames: dict[str, tuple[pd.DataFrame, str, str]] = {}
+    bad_lines: list[tuple[str, list[BadLine]]] = []
     known = set(config.ignore) | {config.include.column if config.include else config.id_column}
     for slot, source in sources:
         if isinstance(source, BidsSource | FilmSource):
@@ -317,14 +320,15 @@ def _read(
         file = path.relative_to(root).as_posix()
         try:
             if isinstance(source, SeriesSource):
-                frame = series.read_events(path, file, source, id_column)
+                frame, bad = series.read_events(path, file, source, id_column)
             else:
                 text = (source.text_column,) if isinstance(source, NotesSource) else ()
-                frame = tables.read_table(path, file, (id_column, *text))
+                frame, bad = tables.read_table(path, file, (id_column, *text))
         except BadRecord as error:
             problems.extend(error.problems)
             continue
         frames[slot.name] = (frame, id_column, source.visit_column)
+        bad_lines.append((file, bad))
     images = any(isinstance(source, BidsSource | FilmSource) for _, source in sources)
     labels = session_labels(root, names, images, frames.values())
     draft = Draft.of(schema, root, names, tuple(label[: schema.max_visits] for label in labels))
@@ -335,6 +339,8 @@ def _read(
     )
     for name, problem in chosen.null:
         draft.fail(draft.ids.index(name), problem)
+    for file, bad in bad_lines:
+        tables.fail_lines(draft, file, bad)
     for slot, source in sources:
         match source:
             case BidsSource():

@@ -23,7 +23,9 @@ import pandas as pd
 
 from client.records import tables
 from client.records.config import DataConfig
+from client.records.lines import BadLine
 from client.records.problems import BadRecord, BadSite, NoAccess, Problem, short
+from client.records.spelling import MISSING, canonical_id, canonical_text
 from privacy.tokens import EVERYONE, AccessToken, DpToken, LocalToken, UncoveredToken
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9+_.-]*")
@@ -38,6 +40,7 @@ class Row:
     identity: str = ""
     block: str = ""
     included: bool = True
+    faults: tuple[Problem, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +90,13 @@ def read_register(config: DataConfig, root: Path) -> Register:
             Problem(file, "file", "not found", "one row per patient", "correct data.root or data.participants")
         )
     try:
-        table = tables.read_table(path, file, (config.id_column, *filter(None, named)))
+        table, bad = tables.read_table(path, file, (config.id_column, *filter(None, named)))
     except BadRecord as error:
         raise BadSite(*error.problems) from None
     problems: list[Problem] = []
     included = pd.Series(True, index=table.index)
     if config.include is not None:
-        wanted = {tables.canonical_text(value) for value in config.include.values}
+        wanted = {canonical_text(value) for value in config.include.values}
         included = table[config.include.column].isin(wanted)
         if not included.any():
             problems.append(
@@ -112,6 +115,7 @@ def read_register(config: DataConfig, root: Path) -> Register:
             strict=True,
         )
     ]
+    rows += [_bad_row(config, line) for line in bad]
     for name in dict.fromkeys(row.name for row in rows if row.included and not SAFE_ID.fullmatch(row.name)):
         problems.append(
             Problem(file, config.id_column, short(name) or "empty", "letters, digits and + - _ . only",
@@ -123,6 +127,20 @@ def read_register(config: DataConfig, root: Path) -> Register:
         persons.append(person)
         problems.extend(notes)
     return Register(tuple(sorted(persons, key=lambda person: (person.name, person.known_ids))), tuple(problems))
+
+
+def _bad_row(config: DataConfig, line: BadLine) -> Row:
+    """A line that cannot be read makes its patient null, who stays listed where the line still says so.
+
+    Its identity and block are not believed: a cell out of its place may not join it with somebody else, nor be recorded.
+    """
+    inside = True
+    if config.include is not None:
+        said = canonical_text(line.cells.get(config.include.column, config.include.values[0]))
+        inside = said in {canonical_text(value) for value in config.include.values}
+    name = canonical_text(line.patient)
+    fault = tables.line_problem(config.participants, line)
+    return Row("" if name.lower() in MISSING else name, included=inside, faults=(fault,))
 
 
 def same_person(rows: Sequence[Row]) -> list[list[Row]]:
@@ -142,7 +160,7 @@ def same_person(rows: Sequence[Row]) -> list[list[Row]]:
 
     first: dict[tuple[str, str], int] = {}
     for n, row in enumerate(rows):
-        for kind, value in (("identifier", tables.canonical_id(row.name)), ("identity", row.identity)):
+        for kind, value in (("identifier", canonical_id(row.name)), ("identity", row.identity)):
             if value:
                 parent[top(n)] = top(first.setdefault((kind, value), n))
     found: dict[int, list[Row]] = {}
@@ -162,6 +180,7 @@ def _person(config: DataConfig, rows: Sequence[Row]) -> tuple[Person, list[Probl
         for one, count in sorted(inside.items())
         if count > 1
     ]
+    faults += [fault for row in rows for fault in row.faults]
     if len(blocks) > 1:
         faults.append(
             Problem(file, config.block_column, short(", ".join(blocks)), "a patient is in one block",
@@ -194,11 +213,11 @@ def find_person(config: DataConfig, root: Path, patient: str, token: AccessToken
     """
     if not isinstance(token, (DpToken, LocalToken, UncoveredToken)):
         raise NoAccess
-    wanted = tables.canonical_id(patient)
+    wanted = canonical_id(patient)
     if not wanted:
         raise ValueError("the patient's id is empty; give it as in the participants file")
     persons = read_register(config, root).persons
-    listed = (person for person in persons if wanted in map(tables.canonical_id, person.known_ids))
+    listed = (person for person in persons if wanted in map(canonical_id, person.known_ids))
     return next(listed, Person("", (), (patient.strip(),)))
 
 

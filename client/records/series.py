@@ -15,21 +15,23 @@ import torch
 
 from client.records.config import SeriesSource
 from client.records.draft import Draft
+from client.records.lines import BadLine
 from client.records.problems import BadRecord, Problem, short
-from client.records.tables import MISSING, canonical_text, name_strangers, name_unknown, read_frame, rows_and_visits
+from client.records.spelling import MISSING, canonical_text
+from client.records.tables import name_strangers, name_unknown, read_frame, rows_and_visits
 from medgen_models.schema import Slot, scale
 
 
-def read_events(path: Path, name: str, source: SeriesSource, id_column: str) -> pd.DataFrame:
-    """The columns of a long file that are used: identifiers, channels and sessions as text, numbers as they come.
+def read_events(path: Path, name: str, source: SeriesSource, id_column: str) -> tuple[pd.DataFrame, list[BadLine]]:
+    """The columns of a long file that are used (identifiers, channels and sessions as text), and its bad lines.
 
     Raises:
         BadRecord: the file cannot be read, or lacks a column.
     """
     needed = [id_column, source.time_column, source.channel_column, source.value_column]
     try:
-        text = (id_column, source.channel_column, source.visit_column)
-        frame = read_frame(path, [*needed, source.visit_column], text)
+        numbers = (source.time_column, source.value_column)
+        frame, bad = read_frame(path, id_column, [*needed, source.visit_column], numbers)
     except Exception as error:  # a damaged file can make the library raise anything
         raise BadRecord(
             Problem(name, "content", type(error).__name__, "the file can be read", "export it again as csv or parquet")
@@ -40,7 +42,7 @@ def read_events(path: Path, name: str, source: SeriesSource, id_column: str) -> 
             Problem(name, "columns", short(", ".join(map(str, frame.columns))), f"has column {missing[0]}",
                     "name the column in data.slots, or export it")
         )  # fmt: skip
-    return frame
+    return frame, bad
 
 
 def bin_means(cell: np.ndarray, value: np.ndarray, cells: int) -> np.ndarray:
@@ -123,7 +125,7 @@ def read_slot(
 
 def _numbers(draft: Draft, column: pd.Series, row: np.ndarray, file: str) -> np.ndarray:
     """A column as float64, NaN where empty; text that is no number makes its patient null (named once a patient)."""
-    numbers = np.asarray(pd.to_numeric(column, errors="coerce"), dtype=np.float64)
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     suspects = np.flatnonzero(np.isnan(numbers) & column.notna().to_numpy())
     text = column.iloc[suspects].astype(str).str.strip()
     wrong = suspects[~text.str.lower().isin(MISSING).to_numpy(dtype=bool)]

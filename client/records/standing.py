@@ -22,7 +22,7 @@ from pathlib import Path
 
 from client.records.problems import Problem
 from client.records.register import Person
-from client.records.tables import canonical_id
+from client.records.spelling import canonical_id
 from privacy.chain import canonical, now_utc, write_durably
 
 BLOCKS = Path("state") / "blocks.json"

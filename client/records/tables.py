@@ -3,6 +3,9 @@
 Text and binary tables are read alike: every cell as its shortest text, so that ``1``, ``1.0`` and ``"1"`` are one value
 and an identifier survives a detour through a spreadsheet. Empty cells and the usual words for "nothing" are missing,
 and so are a column's missing codes.
+
+Text files are read line by line (:mod:`client.records.lines`): a line that breaks the file's form makes the patient
+null whose identifier stands in it, and changes nobody else's. Not covered: see there.
 """
 
 from __future__ import annotations
@@ -12,18 +15,26 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from client.records.config import TableSource
 from client.records.draft import Draft
+from client.records.lines import BadLine, read_lines
 from client.records.problems import BadRecord, Problem, short
+from client.records.spelling import MISSING, canonical_id, canonical_text, session_label
 from medgen_models.schema import Column, Slot, scale
 from medgen_models.table_rows import OTHER
 
-MISSING = frozenset({"", "n/a", "na", "nan", "null", "none", "<na>", "nat"})
-"""Spellings of "not recorded", compared in lower case; ``n/a`` is the one of BIDS."""
-
 EXTENSIONS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+
+WHOLE_NUMBERS = {
+    pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(), pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype(),
+    pa.uint8(): pd.UInt8Dtype(), pa.uint16(): pd.UInt16Dtype(), pa.uint32(): pd.UInt32Dtype(),
+    pa.uint64(): pd.UInt64Dtype(),
+}  # fmt: skip
+"""Types with a place for "missing" that is no float."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,29 +47,6 @@ class Cell:
     remedy: str
 
 
-def canonical_text(value: object) -> str:
-    """Shortest spelling of a cell: no blanks around it, whole numbers without a decimal point.
-
-    >>> canonical_text(" 2.0 "), canonical_text(2), canonical_text("T1w")
-    ('2', '2', 'T1w')
-    """
-    text = str(value).strip()
-    if "." in text:
-        head, _, tail = text.partition(".")
-        if head.lstrip("-").isdigit() and tail and not tail.strip("0"):
-            return head
-    return text
-
-
-def canonical_id(value: object) -> str:
-    """A patient's identifier without the ``sub-`` that BIDS puts before it, for joining tables.
-
-    >>> canonical_id("sub-007"), canonical_id(132539.0)
-    ('007', '132539')
-    """
-    return canonical_text(value).removeprefix("sub-")
-
-
 def find_table(root: Path, file: str, stems: tuple[str, ...]) -> Path | None:
     """The file that the site named, or the first of ``<stem><extension>`` that is there; None if there is none."""
     if file:
@@ -67,54 +55,89 @@ def find_table(root: Path, file: str, stems: tuple[str, ...]) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read_frame(path: Path, columns: list[str] | None = None, text: tuple[str, ...] = ()) -> pd.DataFrame:
-    """A csv, tsv or parquet file; only ``columns`` if given (those that are there).
+def read_frame(
+    path: Path, id_column: str, columns: list[str] | None = None, numbers: tuple[str, ...] = ()
+) -> tuple[pd.DataFrame, list[BadLine]]:
+    """A csv, tsv or parquet file and its bad lines; only ``columns`` if given (those that are there).
 
-    The columns of ``text`` are read as they are written. A type guessed from a whole column would let one patient's cell
-    change how all others are read: 007 is 7 until somebody is called A12. Other columns have the file's own types.
+    No cell changes how another one is read. A type guessed from a whole column would: 007 is 7 until somebody is called
+    A12. Cells of a text file are text, except that ``numbers`` may be floats already; parquet has its own types.
     """
     if path.name.endswith(".parquet"):
-        if columns is not None:
-            import pyarrow.parquet as pq
-
-            columns = [c for c in pq.read_schema(path).names if c in columns]
-        return pd.read_parquet(path, columns=columns)
-    separator = "\t" if ".tsv" in path.suffixes else ","
-    wanted = None if columns is None else (lambda name: name in columns)
-    types = dict.fromkeys(text, "string[pyarrow]")
-    return pd.read_csv(path, sep=separator, usecols=wanted, dtype=types, low_memory=False, encoding="utf-8-sig")
+        return read_parquet(path, columns), []
+    return read_lines(path, id_column, columns, numbers)
 
 
-def read_table(path: Path, name: str, required: tuple[str, ...]) -> pd.DataFrame:
-    """A table with every cell as text, empty where missing.
+def read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """A parquet file, without the detours by which one cell changes the others of its column.
+
+    A missing cell turns no whole number into a float (which ends at 2^53), text that is no UTF-8 costs its own cell, and
+    times are text, so that a year which pandas does not know breaks no column.
+    """
+    file = pq.ParquetFile(path)
+    names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+    table = file.read(columns=names)
+    for place, field in enumerate(table.schema):
+        if pa.types.is_temporal(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(pa.string()))
+        elif pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            try:
+                table.column(place).validate(full=True)
+            except pa.ArrowInvalid:
+                raw = table.column(place).cast(pa.large_binary()).to_pylist()
+                text = [None if cell is None else cell.decode("utf-8", "replace") for cell in raw]
+                table = table.set_column(place, field.name, pa.array(text, pa.string()))
+    frame: pd.DataFrame = table.to_pandas(types_mapper=WHOLE_NUMBERS.get, ignore_metadata=True)
+    return frame[[name for name in frame.columns if not name.startswith("__index_level_")]]
+
+
+def read_table(path: Path, name: str, required: tuple[str, ...]) -> tuple[pd.DataFrame, list[BadLine]]:
+    """A table with every cell as text, empty where missing, and its bad lines.
 
     Args:
         path: csv, tsv or parquet.
         name: how problems call the file.
-        required: columns that have to be there.
+        required: columns that have to be there, that of the identifiers first.
 
     Raises:
         BadRecord: the file cannot be read, or lacks a required column.
     """
     try:
-        if path.name.endswith(".parquet"):
-            frame = pd.read_parquet(path)
-        else:
-            separator = "\t" if ".tsv" in path.suffixes else ","
-            frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        frame, bad = read_frame(path, required[0])
+        text = pd.DataFrame({c: frame[c].astype(object).where(frame[c].notna(), "").map(canonical_text) for c in frame})
     except Exception as error:  # a damaged file can make the library raise anything
         raise BadRecord(
             Problem(name, "content", type(error).__name__, "the table can be read", "export it again as csv or parquet")
         ) from None
-    frame.columns = [str(column).strip() for column in frame.columns]
-    missing = [column for column in required if column not in frame.columns]
+    text.columns = [str(column).strip() for column in text.columns]
+    missing = [column for column in required if column not in text.columns]
     if missing:
         raise BadRecord(
-            Problem(name, "columns", short(", ".join(frame.columns)), f"has column {missing[0]}",
+            Problem(name, "columns", short(", ".join(text.columns)), f"has column {missing[0]}",
                     "name the column in data.slots, or export it")
         )  # fmt: skip
-    text = pd.DataFrame({c: frame[c].astype(object).where(frame[c].notna(), "").map(canonical_text) for c in frame})
-    return text.map(lambda cell: "" if cell.lower() in MISSING else cell)
+    return text.map(lambda cell: "" if cell.lower() in MISSING else cell), bad
+
+
+def line_problem(file: str, line: BadLine) -> Problem:
+    """What is wrong with a bad line; nothing of its content."""
+    return Problem(
+        file, "line", str(line.number), line.rule, "export it again with quotes around text, or as parquet; "
+        "text with line breaks needs parquet",
+    )  # fmt: skip
+
+
+def fail_lines(draft: Draft, file: str, bad: list[BadLine]) -> None:
+    """The patients whose identifiers stand in bad lines become null, each named once; the other lines are counted."""
+    row_of = {canonical_id(name): row for row, names in enumerate(draft.names) for name in names}
+    failed: set[int] = set()
+    for line in bad:
+        row = row_of.get(canonical_id(line.patient)) if line.patient else None
+        if row is None:
+            draft.counts[f"{file}: lines that cannot be read, of no patient of this reading, left out"] += 1
+        elif row not in failed:
+            failed.add(row)
+            draft.fail(row, line_problem(file, line))
 
 
 def parse_column(cells: pd.Series[str], column: Column) -> tuple[np.ndarray, list[Cell]]:
@@ -197,12 +220,6 @@ def rows_and_visits(
         draft.counts["lines of a patient's further identifiers, left out"] += int(further.sum())
         row[further] = -1
     return row, visit
-
-
-def session_label(value: object) -> str:
-    """A session as its folder is called: ``ses-01`` for ``01`` and ``ses-01``, empty for nothing."""
-    text = canonical_text(value)
-    return text if not text or text.lower() in MISSING or text.startswith("ses-") else f"ses-{text}"
 
 
 def name_unknown(draft: Draft, file: str, kind: str, unknown: list[str]) -> None:

@@ -4,10 +4,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from client.records.tables import canonical_id, canonical_text, parse_column, session_label
+from client.records.spelling import canonical_id, canonical_text, session_label
+from client.records.tables import parse_column
 from medgen_models.schema import Column, Schema
 
 ROWS = [
@@ -173,3 +176,29 @@ def test_spelling() -> None:
     ]
     assert canonical_id("sub-07") == "07"
     assert [session_label(v) for v in ("01", "ses-01", "", "n/a")] == ["ses-01", "ses-01", "", "n/a"]
+
+
+def test_a_missing_identifier_changes_no_other_in_parquet(site: Any) -> None:
+    """A column of whole numbers with one missing is no column of floats, which end at 2^53."""
+    names = ["90071992547409931", "90071992547409932"]
+    site.participants(*names)
+    ids = pa.array([int(names[0]), None, int(names[1])], pa.int64())
+    pq.write_table(pa.table({"participant_id": ids, "age": [10, 20, 30]}), site.data / "ehr.parquet")
+    records = site.load("ehr")
+    assert not [p for p in records.problems if p.patient]
+    assert records.members.values["ehr"][:, 0, 0].tolist() == pytest.approx([-0.8, -0.4])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 3], np.int32)), pa.py_buffer(b"ab\xe9")),
+        pa.array([0, 2**31 - 1], pa.date32()),
+        pa.array([0, 2**62], pa.timestamp("us")),
+    ],
+)
+def test_a_cell_that_pandas_does_not_know_costs_no_parquet_table(site: Any, odd: pa.Array) -> None:
+    site.participants("1", "2")
+    pq.write_table(pa.table({"participant_id": ["1", "2"], "age": [10, 20], "odd": odd}), site.data / "ehr.parquet")
+    records = site.load("ehr")
+    assert records.members.values["ehr"][:, 0, 0].tolist() == pytest.approx([-0.8, -0.6])
