@@ -13,6 +13,7 @@ centre.
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -37,39 +38,45 @@ OTHER_SUFFIXES = {"pet": "PET", "ct": "CT", "bold": "functional MRI", "dwi": "di
 MAX_VOXELS = 2**27
 """Largest volume that is read (512 MiB as float32); a header may claim anything."""
 
+MAX_AXIS = 2**13
+"""Longest axis of a volume: resampling makes a matrix of its length times that of the grid."""
+
 
 def read_slot(draft: Draft, slot: Slot, source: BidsSource) -> None:
     """Read all volumes of ``slot`` into ``draft``; bad ones become problems and null patients."""
     folder, found = source.folder_for(slot), 0
     sidecars: dict[str, dict[str, Any]] = {}
+    before = len(draft.problems)
     for row in range(len(draft.ids)):
         for visit in range(len(draft.sessions[row])):
-            here = draft.first_with(draft.folders(row, visit), folder, ("*.nii", "*.nii.gz"))
-            paths = (
-                sorted(p for p in here.glob("*.nii*") if p.name.endswith((".nii", ".nii.gz"))) if here.is_dir() else []
-            )
-            found += len(paths)
-            try:
-                placed = place(draft, slot, source, folder, paths)
-            except BadRecord as error:
-                draft.fail_with(row, error)
-                continue
-            for instance, level, path in placed:
-                try:
-                    draft.put_image(
-                        row, visit, slot, instance, read_volume(draft, slot, source, folder, path, sidecars)
-                    )
-                except BadRecord as error:
-                    draft.fail_with(row, error)
-                    break
-                name = factor_of(slot, source, folder)
-                if name is not None and level:
-                    draft.put_level(row, visit, slot, instance, name.name, level)
-    if not found:
+            with draft.one_record(row, f"{draft.ids[row]}/{folder}/"):
+                found += read_visit(draft, slot, source, row, visit, sidecars)
+    if not found and len(draft.problems) == before:
         draft.note(
             f"sub-*/{folder}/", f"slot {slot.name}", "no file", "a site that declares a slot has files of it",
             "correct data.slots or take the slot out of site.slots",
         )  # fmt: skip
+
+
+def read_visit(
+    draft: Draft, slot: Slot, source: BidsSource, row: int, visit: int, inherited: dict[str, dict[str, Any]]
+) -> int:
+    """Read the volumes of one visit; gives how many files there were. Arguments as in :func:`read_volume`.
+
+    Raises:
+        BadRecord: a file cannot be used, or two files claim the same instance.
+        OSError: the folder or a file may not be opened.
+    """
+    folder = source.folder_for(slot)
+    here = draft.first_with(draft.folders(row, visit), folder, ("*.nii", "*.nii.gz"))
+    # Unlike glob, which takes a folder that may not be opened for an empty one.
+    paths = sorted(p for p in here.iterdir() if p.name.endswith((".nii", ".nii.gz"))) if here.is_dir() else []
+    name = factor_of(slot, source, folder)
+    for instance, level, path in place(draft, slot, source, folder, paths):
+        draft.put_image(row, visit, slot, instance, read_volume(draft, slot, source, folder, path, inherited))
+        if name is not None and level:
+            draft.put_level(row, visit, slot, instance, name.name, level)
+    return len(paths)
 
 
 def factor_of(slot: Slot, source: BidsSource, folder: str) -> Factor | None:
@@ -212,10 +219,11 @@ def check_shape(name: str, shape: tuple[int, ...]) -> None:
         raise BadRecord(
             Problem(name, "shape", found, "a volume has 3 axes", "choose one frame, or average them, and export 3-D")
         )
-    if min(axes) < 2 or int(np.prod(axes, dtype=np.int64)) > MAX_VOXELS:
+    if min(axes) < 2 or max(axes) > MAX_AXIS or math.prod(axes) > MAX_VOXELS:
         raise BadRecord(
-            Problem(name, "shape", found, f"2 voxels or more per axis, at most {MAX_VOXELS} in all", "export it again")
-        )
+            Problem(name, "shape", found, f"2 to {MAX_AXIS} voxels per axis, at most {MAX_VOXELS} in all",
+                    "export it again")
+        )  # fmt: skip
 
 
 def check_affine(name: str, affine: np.ndarray) -> None:
@@ -240,14 +248,14 @@ def read_sidecar(draft: Draft, path: Path, inherited: dict[str, dict[str, Any]])
         if top not in inherited:
             try:
                 inherited[top] = _json_object(draft.root / top)
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 draft.note(top, "content", "no JSON object", "a sidecar is a JSON object", "correct or remove it")
                 inherited[top] = {}
         merged |= inherited[top]
     own = path.with_name(stem(path) + ".json")
     try:
         return merged | _json_object(own)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise BadRecord(
             Problem(draft.name(own), "content", "no JSON object", "a sidecar is a JSON object", "correct or remove it")
         ) from None

@@ -7,7 +7,6 @@ somebody changes the file, it does not open, and the records are read and stored
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,7 +22,7 @@ from client.records.problems import Problem
 from medgen_models.batches import batch_from_bytes, batch_to_bytes
 from medgen_models.schema import PatientBatch, Schema
 
-VERSION = b"medgen records cache 2"
+VERSION = b"medgen records cache 3"
 """Raised whenever a reader's arithmetic changes, so that older caches do not open."""
 
 NONCE_BYTES = 12
@@ -51,7 +50,7 @@ class Key:
         root: Path,
         files: Iterable[Path],
     ) -> Key:
-        """The key of one configuration and of the present state of ``files`` (folders and missing ones left out).
+        """The key of one configuration and of the present state of ``files`` (folders left out).
 
         ``who`` says which patients are in the batch, and which of them are null before a record is read.
         """
@@ -60,11 +59,14 @@ class Key:
         name = study.hexdigest()[:32] + ".records"
         study.update(who.encode() + b"\n")
         for path in files:
-            with contextlib.suppress(FileNotFoundError):
-                state = path.stat()
-                if path.is_file():
-                    here = path.relative_to(root).as_posix()
-                    study.update(json.dumps([here, state.st_size, state.st_mtime_ns]).encode() + b"\n")
+            here = os.path.relpath(path, root)
+            try:
+                state, file = path.stat(), path.is_file()
+            except OSError as error:  # not there, or not to be opened: that is its state
+                study.update(json.dumps([here, type(error).__name__]).encode() + b"\n")
+                continue
+            if file:
+                study.update(json.dumps([here, state.st_size, state.st_mtime_ns]).encode() + b"\n")
         return Key(name, study.digest())
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ import pydicom
 from PIL import Image
 
 from client.records.config import FilmSource
-from client.records.draft import Draft
+from client.records.draft import Draft, patient_folder
 from client.records.images import Array, checked, fit_frame, stretch, to_unit
 from client.records.problems import BadRecord, Problem, short
+from client.records.spelling import canonical_id, session_label
 from client.records.tables import fail_lines, read_table, rows_and_visits
 from medgen_models.schema import Instance, Slot
 
@@ -42,6 +43,9 @@ TIMES = (
 EXTENSIONS = (".dcm", ".png")
 MAX_PIXELS = 2**26
 """Largest film that is read."""
+
+MAX_SIDE = 2**15
+"""Longest side of a film: resampling makes a matrix of its length times that of the grid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +69,12 @@ def read_slot(draft: Draft, slot: Slot, source: FilmSource, id_column: str) -> N
     """Read all films of ``slot`` into ``draft``; bad ones become problems and null patients."""
     listed = read_listing(draft, source, id_column)
     found = 0
+    before = len(draft.problems)
     for row in range(len(draft.ids)):
         for visit in range(len(draft.sessions[row])):
-            try:
+            with draft.one_record(row, f"{draft.ids[row]}/{source.folder}/"):
                 found += read_visit(draft, slot, source, row, visit, listed)
-            except BadRecord as error:
-                found += 1
-                draft.fail_with(row, error)
-    if not found:
+    if not found and len(draft.problems) == before:
         draft.note(
             f"sub-*/{source.folder}/", f"slot {slot.name}", "no file", "a site that declares a slot has files of it",
             "correct data.slots or take the slot out of site.slots",
@@ -98,7 +100,7 @@ def read_visit(
     for instance in slot.instances:
         role = place_name(instance, slot)
         file, before = listed.get((row, visit, role), ("", float("nan")))
-        path = find_film(draft, folder, role, file)
+        path = find_film(draft, row, folder, role, file)
         if path is None:
             continue
         film = read_png(draft.name(path), path) if path.suffix == ".png" else read_dicom(draft.name(path), path, source)
@@ -170,26 +172,81 @@ def read_listing(draft: Draft, source: FilmSource, id_column: str) -> dict[tuple
         draft.problems.extend(error.problems)
         return {}
     fail_lines(draft, draft.name(path), bad)
+    fail_shared(draft, source, draft.name(path), table, id_column)
     hours = pd.to_numeric(table.get("hours_before", pd.Series("", index=table.index)), errors="coerce")
     place = zip(*rows_and_visits(draft, table, id_column, source.visit_column), strict=True)
     lines = zip(place, table["role"], table["file"], hours, strict=True)
     return {(int(r), int(v), str(role)): (str(file), float(before)) for (r, v), role, file, before in lines}
 
 
-def find_film(draft: Draft, folder: Path, role: str, listed: str) -> Path | None:
+def fail_shared(draft: Draft, source: FilmSource, file: str, table: pd.DataFrame, id_column: str) -> None:
+    """A film that is listed for two patients is known to be neither's: both become null.
+
+    Patients who are not read now (of other blocks, or withdrawn) count as well.
+    """
+    row_of = {canonical_id(name): row for row, names in enumerate(draft.names) for name in names}
+    owners: dict[Path, set[int | str]] = {}
+    for name, listed in _listed(draft.root, source, table, id_column):
+        if _is_file(listed):
+            owners.setdefault(listed.resolve(), set()).add(row_of.get(name, name))
+    for row in sorted({row for who in owners.values() if len(who) > 1 for row in who if isinstance(row, int)}):
+        draft.fail(
+            row, Problem(file, "file", "listed twice", "a film is listed for one patient", "correct the films table")
+        )
+
+
+def listed_files(root: Path, source: FilmSource, id_column: str) -> list[Path]:
+    """Every place where a film of the films table may lie, there or not; none where the table cannot be read."""
+    try:
+        table, _ = read_table(root / source.table, source.table, (id_column, "file", "role"))
+    except BadRecord:
+        return []
+    return sorted({path for _, path in _listed(root, source, table, id_column)})
+
+
+def _listed(root: Path, source: FilmSource, table: pd.DataFrame, id_column: str) -> Iterator[tuple[str, Path]]:
+    """Identifier and possible place of each listed film, below the data folder."""
+    sessions = table[source.visit_column] if source.visit_column in table.columns else [""] * len(table)
+    for name, listed, session in zip(table[id_column], table["file"], sessions, strict=True):
+        patient, label = patient_folder(root, canonical_id(name)), session_label(session)
+        bases = [root, patient / source.folder, *([patient / label / source.folder] if label else [])]
+        yield from ((canonical_id(name), base / listed) for base in bases if listed and _below(base / listed, root))
+
+
+def _below(path: Path, folder: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # a text that cannot be a path
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def find_film(draft: Draft, row: int, folder: Path, role: str, listed: str) -> Path | None:
     """``<role>.dcm`` or ``.png`` in the patient's folder, or the file that the films table lists.
 
     Raises:
-        BadRecord: a listed file is not there, or lies outside the data folder.
+        BadRecord: a listed file is not there, or lies outside the data folder or in the folder of somebody else.
     """
     for extension in EXTENSIONS:
         if (folder / f"{role}{extension}").is_file():
             return folder / f"{role}{extension}"
     if not listed:
         return None
-    for base in (draft.root, folder):
-        path = base / listed
-        if path.resolve().is_relative_to(draft.root.resolve()) and path.is_file():
+    own = [patient_folder(draft.root, name) for name in draft.names[row]]
+    for path in (draft.root / listed, folder / listed):
+        if _below(path, draft.root) and path.is_file():
+            inside = path.resolve().relative_to(draft.root.resolve())
+            if inside.parts[0].startswith("sub-") and not any(_below(path, patient) for patient in own):
+                raise BadRecord(
+                    Problem(short(listed), "file", "in the folder of another patient", "a film is of one patient",
+                            "correct the films table")
+                )  # fmt: skip
             return path
     raise BadRecord(
         Problem(
@@ -275,13 +332,19 @@ def _check_header(name: str, data: Any, source: FilmSource) -> None:
         raise BadRecord(
             Problem(name, "NumberOfFrames", str(data.NumberOfFrames), "a film has one frame", "export one frame")
         )
+    if int(data.get("SamplesPerPixel", 1) or 1) != 1:
+        raise BadRecord(
+            Problem(
+                name, "SamplesPerPixel", short(data.SamplesPerPixel), "a grey pixel is one sample", "export it grey"
+            )
+        )
     _check_size(name, (int(data.Columns), int(data.Rows)))
 
 
 def _check_size(name: str, size: tuple[int, int]) -> None:
-    if min(size) < 2 or size[0] * size[1] > MAX_PIXELS:
+    if min(size) < 2 or max(size) > MAX_SIDE or size[0] * size[1] > MAX_PIXELS:
         raise BadRecord(
-            Problem(name, "size", f"{size[0]}x{size[1]}", f"2 pixels or more per axis, at most {MAX_PIXELS} in all",
+            Problem(name, "size", f"{size[0]}x{size[1]}", f"2 to {MAX_SIDE} pixels per axis, at most {MAX_PIXELS} in all",
                     "export it again")
         )  # fmt: skip
 

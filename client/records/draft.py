@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,18 @@ from medgen_models.schema import Factor, Instance, PatientBatch, Schema, Slot
 def patient_folder(root: Path, name: str) -> Path:
     """Folder of a patient's images."""
     return root / (name if name.startswith("sub-") else f"sub-{name}")
+
+
+def session_folders(root: Path, name: str) -> set[str]:
+    """Names of a patient's session folders; none where the patient has no folder.
+
+    Raises:
+        OSError: the folder may not be opened (``glob`` would take it for an empty one).
+    """
+    try:
+        return {path.name for path in patient_folder(root, name).iterdir() if path.match("ses-*") and path.is_dir()}
+    except FileNotFoundError:
+        return set()
 
 
 @dataclasses.dataclass
@@ -71,6 +85,21 @@ class Draft:
         for problem in error.problems:
             self.fail(row, problem)
 
+    @contextlib.contextmanager
+    def one_record(self, row: int, file: str) -> Iterator[None]:
+        """Whatever a record of ``row`` makes a reader raise costs that patient alone; other errors by their type only."""
+        try:
+            yield
+        except BadRecord as error:
+            self.fail_with(row, error)
+        except Exception as error:  # what a file holds can make a library raise anything
+            self.fail(
+                row,
+                Problem(
+                    file, "content", type(error).__name__, "the record can be read", "check rights, export it again"
+                ),
+            )
+
     def folders(self, row: int, visit: int) -> tuple[Path, ...]:
         """Folders of one patient's visit, one per identifier that can have one; what has no session is of the first."""
         session, found = self.sessions[row][visit], []
@@ -91,8 +120,17 @@ class Draft:
         return holding[0] if holding else folders[0] / below
 
     def put_image(self, row: int, visit: int, slot: Slot, instance: Instance, image: np.ndarray) -> None:
-        """Store one image, already in [-1, 1] on the slot's grid, with the instance's fixed factor levels."""
+        """Store one image, already in [-1, 1] on the slot's grid, with the instance's fixed factor levels.
+
+        Raises:
+            BadRecord: a value is not finite.
+        """
         key = slot.key(instance)
+        if not np.isfinite(image).all():
+            raise BadRecord(
+                Problem(key, "values", "not finite on the study's grid", "every value can be scaled to the public range",
+                        "check the file's scaling (slope, intercept, stored bits)")
+            )  # fmt: skip
         self.batch.values[key][row, visit] = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
         self.batch.present_BVI[row, visit, self.schema.keys().index(key)] = True
         for name, level in instance.fixed.items():

@@ -53,7 +53,9 @@ def resample(
     """
     steps = [out / into for out, into in zip(grid, spacing, strict=True)]
     out = image
-    for axis, (n_out, step) in enumerate(zip(shape, steps, strict=True)):
+    # Shrinking axes first: what is held is never larger than the image and the grid together.
+    for axis in sorted(range(out.ndim), key=lambda axis: shape[axis] / image.shape[axis]):
+        n_out, step = shape[axis], steps[axis]
         if out.shape[axis] == n_out and abs(step - 1.0) < 1e-4:
             continue
         weights = axis_weights(out.shape[axis], n_out, step)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from client.records import bids, cache, dicom, notes, series, tables
 from client.records.config import BidsSource, DataConfig, FilmSource, NotesSource, SeriesSource, TableSource
-from client.records.draft import Draft, patient_folder
+from client.records.draft import Draft, patient_folder, session_folders
 from client.records.lines import BadLine
 from client.records.problems import BadRecord, BadSite, NoAccess, NoPatients, Problem, short
 from client.records.register import Person, blocks_of, in_blocks, read_register
@@ -223,7 +223,8 @@ def _read_or_recall(
     if cache_key is None:
         return _read(config, root, schema, sources, files, chosen)
     watched = [root / config.participants, *(path for path in files.values() if path is not None)]
-    watched += [root / source.table for _, source in sources if isinstance(source, FilmSource) and source.table]
+    for source in (source for _, source in sources if isinstance(source, FilmSource) and source.table):
+        watched += [root / source.table, *dicom.listed_files(root, source, config.id_column)]
     if any(isinstance(source, BidsSource | FilmSource) for _, source in sources):
         watched += sorted(root.glob("*.json"))
         names = [name for person in chosen.persons for name in person.ids]
@@ -269,8 +270,10 @@ def table_file(root: Path, slot: Slot, source: Source) -> Path | None:
 
 def session_labels(
     root: Path, names: Sequence[Sequence[str]], images: bool, frames: Iterable[tuple[pd.DataFrame, str, str]]
-) -> list[tuple[str, ...]]:
+) -> tuple[list[tuple[str, ...]], dict[int, str]]:
     """Per patient, the labels of all sessions in ascending order; one empty label where there are none.
+
+    And the patients whose folder may not be opened, with the kind of error.
 
     Args:
         root: the data folder.
@@ -279,9 +282,13 @@ def session_labels(
         frames: tables with their id column and their session column (which a table need not have).
     """
     found: list[set[str]] = [set() for _ in names]
+    closed: dict[int, str] = {}
     row_of = {canonical_id(name): row for row, all_names in enumerate(names) for name in all_names}
     for row, name in ((row, name) for row, all_names in enumerate(names) for name in all_names if images):
-        found[row] |= {p.name for p in patient_folder(root, name).glob("ses-*") if p.is_dir()}
+        try:
+            found[row] |= session_folders(root, name)
+        except OSError as error:
+            closed[row] = type(error).__name__
     for frame, id_column, visit_column in frames:
         if visit_column in frame.columns:
             for name, label in frame[[id_column, visit_column]].drop_duplicates().itertuples(index=False):
@@ -289,7 +296,7 @@ def session_labels(
                 text = session_label("" if pd.isna(label) else label)
                 if place is not None and text:
                     found[place].add(text)
-    return [tuple(sorted(labels)) or ("",) for labels in found]
+    return [tuple(sorted(labels)) or ("",) for labels in found], closed
 
 
 def _read(
@@ -330,7 +337,7 @@ def _read(
         frames[slot.name] = (frame, id_column, source.visit_column)
         bad_lines.append((file, bad))
     images = any(isinstance(source, BidsSource | FilmSource) for _, source in sources)
-    labels = session_labels(root, names, images, frames.values())
+    labels, closed = session_labels(root, names, images, frames.values())
     draft = Draft.of(schema, root, names, tuple(label[: schema.max_visits] for label in labels))
     draft.problems.extend(problems)
     draft.counts.update(chosen.counts)
@@ -339,6 +346,10 @@ def _read(
     )
     for name, problem in chosen.null:
         draft.fail(draft.ids.index(name), problem)
+    for row, kind in closed.items():
+        draft.fail(
+            row, Problem(draft.ids[row], "folder", kind, "the patient's folder can be opened", "check its rights")
+        )
     for file, bad in bad_lines:
         tables.fail_lines(draft, file, bad)
     for slot, source in sources:

@@ -41,6 +41,7 @@ def read_slot(
     values = torch.zeros(len(draft.ids), draft.schema.max_visits, slot.tokens, slot.width)
     present_BV = torch.zeros(len(draft.ids), draft.schema.max_visits, dtype=torch.bool)
     for (r, v), notes in texts.items():
-        values[r, v] = hash_encode(" ".join(notes), slot.tokens, slot.width)
-        present_BV[r, v] = True
+        with draft.one_record(r, file):
+            values[r, v] = hash_encode(" ".join(notes), slot.tokens, slot.width)
+            present_BV[r, v] = True
     draft.put_rows(slot, values, present_BV)

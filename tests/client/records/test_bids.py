@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from client.records.bids import entities, level_of
+from client.records.bids import check_shape, entities, level_of
 from client.records.config import BidsSource
+from client.records.problems import BadRecord
 from medgen_models.schema import Schema
 
 MRI = ("mri",)
@@ -240,3 +241,11 @@ def test_names() -> None:
     assert level_of(Path("sub-1_ce-gad_T1w.nii.gz"), BidsSource(), "anat") == "T1ce"
     assert level_of(Path("sub-1_T1w.nii.gz"), BidsSource(), "anat") == "T1w"
     assert level_of(Path("sub-1_desc-mask_seg.nii.gz"), BidsSource(), "anat") is None
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2**25), (2**13 + 1, 2, 2), (1, 8, 8), (2**10, 2**10, 2**10)])
+def test_a_shape_that_would_fill_the_memory_is_refused_by_its_header(shape: tuple[int, ...]) -> None:
+    with pytest.raises(BadRecord) as caught:
+        check_shape("a volume", shape)
+    assert caught.value.problems[0].field == "shape"
+    check_shape("a volume", (2, 2, 2**13))

@@ -1,10 +1,17 @@
 """Films: DICOM and PNG, brightness, gaps, and refusals."""
 
+import os
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from client.records.config import DataConfig
+from client.records.load import load
+from medgen_models.schema import Schema
+from privacy.tokens import SEAL, DpToken
 
 PIXELS = (np.arange(64).reshape(8, 8) * 65).astype(np.uint16)  # 0 .. 4095 in 12 bits
 
@@ -106,6 +113,9 @@ def test_a_prior_alone_is_left_out_and_counted(site: Any) -> None:
         ({"Modality": "CT"}, "Modality"),
         ({"PhotometricInterpretation": "RGB"}, "PhotometricInterpretation"),
         ({"NumberOfFrames": 2}, "NumberOfFrames"),
+        ({"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PixelData": b"\1" * 384}, "SamplesPerPixel"),
+        ({"Rows": 2, "Columns": 2**15 + 1}, "size"),
+        ({"BitsStored": 0}, "content"),
         ({"PixelData": b"\0" * 10}, "content"),
         ({"PixelData": b"\0" * 128}, "values"),
     ],
@@ -143,3 +153,65 @@ def test_a_listed_film_outside_the_data_folder_is_refused(site: Any) -> None:
     (site.folder / "secret.png").write_bytes(b"x")
     site.table("xrays.csv", [{"participant_id": "1", "file": "../secret.png", "role": "current", "hours_before": ""}])
     assert only_problem(site.load("cxr")).field == "file"
+
+
+def listing(*lines: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"participant_id": name, "file": file, "role": "current", "hours_before": ""} for name, file in lines]
+
+
+def test_a_film_that_is_listed_for_two_patients_is_nobodys(site: Any) -> None:
+    """It would be clipped twice. A patient who is not read now counts, and two spellings are one patient."""
+    site.participants("1", "2", "3", "4", "5", group=["in"] * 4 + ["out"])
+    for patient, file in (("1", "a"), ("3", "own"), ("4", "b")):
+        site.png(patient, file, PIXELS.astype(np.uint8))
+    (site.data / "films").mkdir()
+    for name, patient in (("a", "1"), ("b", "4")):
+        (site.data / f"sub-{patient}" / "xray" / f"{name}.png").rename(site.data / "films" / f"{name}.png")
+    lines = (("1", "films/a.png"), ("2", "films/../films/a.png"), ("3", "own.png"), ("sub-3", "own.png"))
+    site.table("xrays.csv", listing(*lines, ("4", "films/b.png"), ("5", "films/b.png")))
+    records = site.load("cxr", include={"column": "group", "values": ["in"]})
+    found = [(p.patient, p.value) for p in records.problems if p.patient]
+    assert found == [(f"sub-{n}", "listed twice") for n in (1, 2, 4)]
+    assert records.members.visit_BV[:, 0].tolist() == [False, False, True, False]
+
+
+def test_a_listed_film_in_the_folder_of_another_patient_costs_who_lists_it(site: Any) -> None:
+    site.participants("1", "2")
+    site.png("2", "current", PIXELS.astype(np.uint8))
+    site.table("xrays.csv", listing(("1", "sub-2/xray/current.png")))
+    records = site.load("cxr")
+    assert (only_problem(records).patient, only_problem(records).value) == ("sub-1", "in the folder of another patient")
+    assert records.members.visit_BV[:, 0].tolist() == [False, True]
+
+
+def test_a_line_of_the_films_table_costs_its_own_patient(site: Any) -> None:
+    site.participants("1", "2")
+    for patient in "12":
+        site.png(patient, "own", PIXELS.astype(np.uint8))
+    site.table("xrays.csv", listing(("2", "own.png")))
+    with (site.data / "xrays.csv").open("ab") as file:
+        file.write(b'1,own.png,current,1,2\n1,"own\xe9.png\n')
+    records = site.load("cxr")
+    assert only_problem(records).patient == "sub-1"
+    assert records.members.visit_BV[:, 0].tolist() == [False, True]
+
+
+def test_a_listed_film_that_changes_is_read_again(site: Any, schema: Schema, split_key: bytes) -> None:
+    """Wherever it lies: the cache is bound to its state, also where it was not there before."""
+    site.participants("1", "2")
+    site.png("2", "current", PIXELS.astype(np.uint8))
+    site.table("xrays.csv", listing(("1", "films/a.png")))
+    (site.data / "films").mkdir()
+
+    def read() -> torch.Tensor:
+        token = DpToken("test-site", 1, SEAL, "0" * 64, "core", 0, "0" * 64, 8)
+        found = load(DataConfig(), site.folder, schema, ("cxr",), token, split_key, 0, b"c" * 32)
+        return found.members.values["cxr.current"][0, 0].clone()
+
+    seen = [read()]
+    for pixels in (PIXELS, PIXELS.T):
+        Image.fromarray((pixels // 17).astype(np.uint8)).save(site.data / "films" / "a.png")
+        os.utime(site.data / "films" / "a.png", ns=(len(seen), len(seen)))
+        seen.append(read())
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
