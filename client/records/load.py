@@ -106,13 +106,14 @@ def load(
 
     Raises:
         NoAccess: ``token`` is no token of the ledger.
-        NoPatients: nobody at this site has a usable record.
+        NoPatients: the participants file lists nobody; or, with a local token, nobody has a usable record. With the
+            others whether anybody has one is itself something about the patients: the batch is then of null patients.
         BadSite: the participants file or the configuration cannot be used.
         ValueError: ``held_out`` is negative or a key is too short.
     """
     everyone = read_everyone(config, site_dir, schema, slots, token, cache_key, split_key)
     batch, problems = everyone.batch, list(everyone.problems)
-    if not bool(batch.visit_BV.any()):
+    if isinstance(token, LocalToken) and not bool(batch.visit_BV.any()):
         raise NoPatients(*problems)
     held = {everyone.listed[row] for row in split_rows(everyone.listed, split_key, held_out)[1]}
     held_rows = [row for row, name in enumerate(batch.ids) if name in held]
@@ -145,7 +146,7 @@ def read_everyone(
     with _named_errors(config):
         sources = owned_sources(config, schema, frozenset(slots))
         chosen = select(config, site_dir, token, patient_key)
-        if not chosen.persons:
+        if not chosen.listed or (isinstance(token, LocalToken) and not chosen.persons):
             raise NoPatients(*chosen.problems)
         if patient_key is not None and not isinstance(token, LocalToken):
             remember_blocks(site_dir, chosen.persons, patient_key)

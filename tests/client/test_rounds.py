@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 
 from client import rounds
 from client.policy import SiteConfig
-from client.records.load import load
-from client.records.problems import NoAccess
+from client.records.load import Records, load
+from client.records.problems import NoAccess, NoPatients
 from medgen_models.pretrain import PublicModel
-from medgen_models.schema import Schema
+from medgen_models.schema import PatientBatch, Schema
 from privacy.boundary.messages import MaskedAnswer
 from privacy.boundary.refusals import Refused
 from privacy.ledger import DpToken, Ledger, UncoveredToken
@@ -85,6 +85,27 @@ def test_tokens_cannot_be_made_by_hand() -> None:
     ):
         with pytest.raises(PermissionError, match="only a ledger"):
             make()
+
+
+def test_a_site_with_null_patients_only_answers_every_stage(study: Any) -> None:
+    """Whether anybody's record is usable is no answer: the round is charged and noised like any other."""
+    study.deliver(SITE)
+    path = study.site(SITE) / "data" / "participants.tsv"
+    head, *lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([head, *(line + "\tx" for line in lines)]), encoding="utf-8")
+    config = SiteConfig.load(study.site(SITE))
+    with config.open_ledger() as ledger, pytest.raises(NoPatients):
+        rounds.read_records(config, study.plan, None, ledger.local("test"))
+    for stage in ("marginals", "recentre", "core"):
+        assert isinstance(study.send(SITE, study.task(stage)), MaskedAnswer), stage
+
+
+def test_a_site_where_nobody_is_of_the_plans_blocks_answers_too(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = PatientBatch.empty(study.schema, 0, ())
+    monkeypatch.setattr(rounds, "load", lambda *_: Records(nobody, nobody, (), {}))
+    study.deliver(SITE)
+    for stage in ("marginals", "recentre", "core"):
+        assert isinstance(study.send(SITE, study.task(stage)), MaskedAnswer), stage
 
 
 # -- noise -------------------------------------------------------------------------------------------------------------

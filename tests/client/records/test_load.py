@@ -13,6 +13,7 @@ from client.records.config import DataConfig
 from client.records.load import Records, load
 from client.records.problems import BadSite, NoAccess, NoPatients, Problem, RecordsError
 from medgen_models.schema import PatientBatch, Schema
+from privacy.tokens import SEAL, DpToken, UncoveredToken
 
 SLOTS = ("mri", "pet", "ehr", "vitals", "note")
 CACHE_KEY = b"c" * 32
@@ -119,6 +120,26 @@ def test_a_site_without_patients(site: Any, make: Any) -> None:
     with pytest.raises(NoPatients) as caught:
         site.load("mri")
     assert str(caught.value) == NoPatients.sentence
+
+
+@pytest.mark.parametrize("make", [nobody_has_files, everybody_is_bad])
+@pytest.mark.parametrize(
+    "charged",
+    [
+        DpToken("test-site", 1, SEAL, "0" * 64, "core", 0, "0" * 64, 8),
+        UncoveredToken("test-site", 1, SEAL, "0" * 64, "audit", "0" * 64),
+    ],
+)
+def test_whether_anybody_is_usable_is_no_answer_of_a_round(site: Any, make: Any, charged: Any) -> None:
+    """One patient who comes or goes may not turn a round into a refusal: null patients are an empty draw."""
+    make(site)
+    site.token = charged
+    members = site.load("mri").members
+    assert len(members) > 0
+    assert not bool(members.visit_BV.any())
+    empty_site(site)
+    with pytest.raises(NoPatients):
+        site.load("mri")
 
 
 def no_file(site: Any) -> None:

@@ -187,6 +187,19 @@ def test_a_column_that_is_not_there_is_a_bad_site(site: Any, read: Callable[...,
     assert "nowhere" in caught.value.problems[0].rule
 
 
+def test_a_line_that_cannot_be_read_is_not_believed_about_who_somebody_is(
+    site: Any, read: Callable[..., Records]
+) -> None:
+    """A cell out of its place would join two people; the line's patient stays listed, null."""
+    text = "participant_id\tinsurance\tgroup\nsub-1\tA\tB\tin\nsub-2\tA\tin\nsub-3\tC\tout\tx\n"
+    (site.data / "participants.tsv").write_text(text)
+    ehr(site, ("1", 10), ("2", 20), ("3", 30))
+    records = read("ehr", include={"column": "group", "values": ["in", "B"]}, **PERSON)
+    assert records.members.ids == ("sub-1", "sub-2")
+    assert records.members.visit_BV[:, 0].tolist() == [False, True]
+    assert [(p.field, p.value, p.patient) for p in records.problems if p.patient] == [("line", "2", "sub-1")]
+
+
 # -- data blocks -------------------------------------------------------------------------------------------------------
 
 
@@ -203,8 +216,9 @@ def test_a_token_reads_the_patients_of_its_blocks_only(years: Any, read: Callabl
     assert everyone(read("ehr", token=dp("2024", "2025"), **BLOCK)) == ["sub-1", "sub-2", "sub-3", "sub-4", "sub-5"]
     assert len(everyone(read("ehr", token=dp(), **BLOCK))) == 6
     assert len(everyone(read("ehr", **BLOCK))) == 6
+    assert everyone(read("ehr", token=dp("1999"), **BLOCK)) == []  # an empty draw, charged like any
     with pytest.raises(NoPatients):
-        read("ehr", token=dp("1999"), **BLOCK)
+        read("ehr", token=LocalToken("test-site", 1, SEAL, "check", ("1999",)), **BLOCK)
     records = read("ehr", token=dp("2025"), **BLOCK)
     assert records.counts["patients of other data blocks, left out"] == 4
 
@@ -223,8 +237,7 @@ def test_every_kind_of_token_is_held_to_its_blocks(
 
 def test_the_sites_own_list_restricts_too(years: Any, read: Callable[..., Records]) -> None:
     assert everyone(read("ehr", blocks=["2024"], **BLOCK)) == ["sub-1", "sub-2", "sub-3"]
-    with pytest.raises(NoPatients):
-        read("ehr", blocks=["2024"], token=dp("2025"), **BLOCK)
+    assert everyone(read("ehr", blocks=["2024"], token=dp("2025"), **BLOCK)) == []
 
 
 def test_a_site_that_cannot_tell_blocks_apart_reads_nobody_for_them(years: Any, read: Callable[..., Records]) -> None:
