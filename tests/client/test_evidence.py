@@ -17,6 +17,7 @@ from client.policy import SiteConfig
 from client.rounds import read_records
 from client.sitemodel import model_of
 from medgen_models.schema import PatientBatch
+from medgen_models.schema import PatientBatch
 from privacy.audit.parts import split
 from privacy.boundary.messages import MaskedAnswer, PartPut
 from server.auditing import vector_length
@@ -180,3 +181,14 @@ def test_one_audit_of_a_plan_is_opened_and_no_second_is_answered(audited: Any) -
     reply = audited.send(SITE, audit_task(audited, attempt=2))
     assert reply.code == "UNCOVERED_CAP"
     assert audited.ledger(SITE).uncovered == before
+
+
+def test_a_site_with_null_patients_only_is_audited_too(asked: dict[str, Any]) -> None:
+    """Nobody is a hit and nobody is missing: where there is no record, and where there is no patient."""
+    for ids in (("a", "b", "c"), ()):
+        null = PatientBatch.empty(asked["model"].schema, len(ids), ids)
+        scores = evidence.score_all(asked["model"], null, null, asked["cohort"], 1)
+        for name, sides in scores.items():
+            assert len(sides.member) == len(sides.held_out) == len(ids), name
+            assert sum(evidence.counts_at(sides.member, (0.5,))) == 0, name
+        assert evidence.concordant_pairs(asked["model"], asked["cohort"], null, 10) == 5
