@@ -17,7 +17,6 @@ from client.policy import SiteConfig
 from client.rounds import read_records
 from client.sitemodel import model_of
 from medgen_models.schema import PatientBatch
-from medgen_models.schema import PatientBatch
 from privacy.audit.parts import split
 from privacy.boundary.messages import MaskedAnswer, PartPut
 from server.auditing import vector_length
