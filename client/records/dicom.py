@@ -7,6 +7,10 @@ A PNG film is grey (colour is reduced to grey), 8 or 16 bits.
 The gap of a reference film is the difference of the acquisition times (dates may be shifted, as long as both films of
 a patient are shifted alike), or ``hours_before`` of the films table. A reference without a known gap, or later than
 the film that it precedes, is bad input; a reference without that film is left out and counted.
+
+A film that the films table lists for two patients makes both null, one in the folder of another patient who lists it.
+Not covered: whose line of that table is the wrong one (a line can make the film's other patient null, never change an
+image), and copies or links of one film in two patients' folders.
 """
 
 from __future__ import annotations
