@@ -44,7 +44,7 @@ def print_ledger(folder: Path) -> int:
 
 
 def _print_blocks(console: Console, summary: LedgerSummary, config: SiteConfig) -> None:
-    title = f"lifetime epsilon (Rényi) of {config.ceiling.lifetime_epsilon:g} at delta {config.ceiling.delta:g}"
+    title = f"lifetime epsilon (Rényi), ceiling {config.ceiling.lifetime_epsilon:g} at delta {config.ceiling.delta:g}"
     table = Table("patients in", "plans", "taken", "if exchanged", "of two sites", "order", title=title)
     for block in summary.blocks:
         order = "" if block.order is None else f"{block.order:g}"
@@ -63,7 +63,7 @@ def _print_plan(console: Console, plan: PlanSummary) -> None:
     figures.add_row("reserved", *_figures(plan.reserved, plan.private))
     figures.add_row("spent", *_figures(plan.spent, plan.private))
     console.print(figures)
-    table = Table("stage", "rounds", "spares", "begun", "finished", "lost", "spares used", "left", "epsilon alone")
+    table = Table("stage", "rounds", "spares", "begun", "done", "lost", "spares used", "left", "epsilon")
     for stage in plan.stages:
         alone = "∞" if math.isinf(stage.spent_epsilon) else f"{stage.spent_epsilon:.3f}"
         begun = (stage.rounds, stage.spare_rounds, stage.intents, stage.commits, stage.lost)
@@ -120,7 +120,7 @@ def print_forecast(folder: Path, epsilon: float | None, plan_path: Path | None) 
             f"{plan.two_site_epsilon:.3f}) at delta {plan.delta:g}; the site allows {ceilings.plan_epsilon:g} at "
             f"{min(ceilings.delta, largest):g}: {'fits' if fits else '[bold red]does not fit[/]'}"
         )
-        title = f"lifetime epsilon (Rényi) of {ceilings.lifetime_epsilon:g}"
+        title = f"lifetime epsilon (Rényi), ceiling {ceilings.lifetime_epsilon:g}"
         table = Table("patients in", "taken", "left", "further plans", title=title)
         for block in found:
             further = "no end" if block.fits is None else str(block.fits)

@@ -84,8 +84,8 @@ def check_promise(plan: StudyPlan, promise: DPPlan) -> None:
     visits = plan.study_schema.get("max_visits", 1)
     if promise.max_visits != visits:
         raise Refused("BAD_PLAN", f"the promise counts {promise.max_visits} visits, the schema {visits}", "plan again")
-    trained = [plan.training, *([plan.codec] if plan.codec else [])]
-    if any(entry.weight_decay for entry in trained) or plan.training.flow:
+    decays = plan.training.weight_decay + (plan.codec.weight_decay if plan.codec else 0.0)
+    if decays or plan.training.flow:
         raise Refused("BAD_PLAN", "weight decay or flow settings that no site applies", "leave them at their defaults")
 
 
