@@ -95,7 +95,9 @@ class _Layer(nn.Module):
 
     def forward(self, h_GME: Tensor, condition_GJE: Tensor, spread_MJ: Tensor, bias_G11M: Tensor) -> Tensor:
         """One layer; J = instances and the register."""
-        parts = self.modulate(condition_GJE).chunk(6, dim=-1)  # spread one by one: the chunks' gradient is joined while small
+        parts = self.modulate(condition_GJE).chunk(
+            6, dim=-1
+        )  # spread one by one: the chunks' gradient is joined while small
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (spread_MJ @ part for part in parts)
         a = self.norm_attention(h_GME) * (1.0 + scale_a) + shift_a
         h_GME = h_GME + gate_a * self.merge(self._attend(self.qkv(a), bias_G11M))
