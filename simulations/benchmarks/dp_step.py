@@ -6,8 +6,8 @@ AdamW. Engine and chunk are those that the measured trial picks, as in a run. Op
 noise draw by itself, so with four draws they answer an easier question.
 
 Time is processor time of one thread; every repetition runs all methods one after the other, and a row is the median of the
-ratios within a repetition. Memory is the rise of the peak resident set over what is resident before the step, each method in a
-process of its own.
+ratios within a repetition. Memory is the rise of the peak resident set over what is resident before a step that is not the
+first, each method in a process of its own.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def private_step(net: Network, units: Units, speed: Speed) -> Step:
 def _case(case: Case, patients: int, draws: int, repeats: int) -> list[Row]:
     net = network(case)
     units = net.make_units(patients, draws)
-    _, speed = measure_speed(net.unit_loss, net.params, units)
+    _, speed = measure_speed(net.unit_loss, net.params, units, repeats=1)
     methods: dict[str, Callable[[], Step]] = {
         "plain": lambda: plain_step(net, units),
         "ours": lambda: private_step(net, units, speed),
@@ -210,7 +210,7 @@ def _peers(methods: dict[str, Callable[[], Step]]) -> dict[str, list[float]]:
 
 
 def peak_bytes(make: Callable[[], Step]) -> int | None:
-    """Rise of the peak resident set during one step, in a forked process of its own; None if the step cannot run.
+    """Rise of the peak resident set during a second step, in a forked process of its own; None if the step cannot run.
 
     Reads and resets the high-water mark of Linux (``/proc/self/clear_refs``).
 
@@ -226,6 +226,7 @@ def peak_bytes(make: Callable[[], Step]) -> int | None:
         try:
             torch.set_num_threads(1)  # a forked process has lost its pool of threads: waiting for them would never end
             step = make()
+            step()  # maps the code and makes the optimizer's state, for every method alike
             _give_back_free_memory()
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             before = _status_bytes("VmHWM")
