@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from privacy import gradients
 from privacy.engines import UnitLoss, loop_gradients, vmap_gradients
 from privacy.gradients import (
     Engine,
@@ -181,3 +182,18 @@ def test_engines_return_losses_too(
     one, two = vmap_gradients(dp_net_loss, params, units)[1], loop_gradients(dp_net_loss, params, units)[1]
     torch.testing.assert_close(one, two)
     assert one.shape == (3,)
+
+
+def test_of_equally_fast_settings_the_one_with_least_memory_is_taken(
+    dp_net: nn.Module, dp_net_loss: UnitLoss, dp_net_units: Make, dp_params: ToParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {("vmap", 2): 1.0, ("expand", 2): 1.05, ("loop", 2): 1.2, ("expand", 4): 0.99, ("vmap", 4): 0.97}
+    monkeypatch.setattr(gradients, "_trial", lambda loss, params, units, speed: seconds[speed.engine, speed.chunk])
+    units, params = dp_net_units(4), dp_params(dp_net)
+    assert measure_speed(dp_net_loss, params, units, chunk_sizes=(2, 4))[1] == Speed(
+        "expand", 2, torch.get_num_threads()
+    )
+    seconds["loop", 2] = 1.06  # within ten per cent of the fastest
+    assert measure_speed(dp_net_loss, params, units, chunk_sizes=(2, 4))[1].engine == "loop"
+    seconds["vmap", 4] = 0.5
+    assert measure_speed(dp_net_loss, params, units, chunk_sizes=(2, 4))[1] == Speed("vmap", 4, torch.get_num_threads())
