@@ -170,6 +170,8 @@ class SiteAgent:
         claim = outbox.claimed(request.task_digest)
         if (claim.plan_hash, claim.stage) != (request.plan_hash, request.stage):
             raise Refused("UNKNOWN_TASK")
+        if request.stage == AUDIT:  # exact counts: two attempts may be answered, and one of them is opened
+            outbox.open_once(request.plan_hash, AUDIT, request.task_digest)
         outbox.settle_survivors(request.task_digest, request.survivors)
         cohorts = task_cohorts(plan, request.stage, request.task_digest, claim.invited)
         reveal = unmask_seeds(self._party(plan, config), cohorts, request.survivors)

@@ -143,10 +143,22 @@ class Outbox:
         if not create_durably(path, text) and path.read_bytes() != text:
             raise Refused("SURVIVORS_CONFLICT")
 
+    def open_once(self, plan_hash: str, stage: str, task_digest: str) -> None:
+        """Bind a stage of a plan to the one task whose sum may be opened, durably, before any seed of it is revealed.
+
+        Raises:
+            Refused: ``UNCOVERED_CAP`` if another task of that stage was opened, also if both were answered before.
+        """
+        path, text = self._opened_path(plan_hash, stage), _checked(task_digest).encode()
+        if not create_durably(path, text) and path.read_bytes() != text:
+            raise Refused("UNCOVERED_CAP", f"another {stage} of this plan was opened", "one is opened in each plan")
+
     def opened(self, plan_hash: str, stage: str) -> bool:
-        """Whether seeds of any attempt at this stage of this plan were revealed."""
-        settled = [path.stem for path in (self._state / "survivors").glob("*.json")]
-        return any((claim.plan_hash, claim.stage) == (plan_hash, stage) for claim in map(self.claimed, settled))
+        """Whether a sum of this stage of this plan was opened; see :meth:`open_once`."""
+        return self._opened_path(plan_hash, stage).exists()
+
+    def _opened_path(self, plan_hash: str, stage: str) -> Path:
+        return self._state / "opened" / f"{hashlib.sha256(canonical([plan_hash, stage]).encode()).hexdigest()}.task"
 
     def record(self, kind: str, payload: bytes, about: str = "") -> None:
         """Write down, before it leaves, that ``payload`` leaves: what it is, how long, its SHA-256, and about which task."""

@@ -135,7 +135,7 @@ def test_the_agent_masks_the_counts_and_counts_the_query(
     study_finished: Any, study_copy: Callable[..., Any], tmp_path: Path
 ) -> None:
     audited = study_copy(study_finished, tmp_path / "unopened")
-    shutil.rmtree(audited.site(SITE) / "state" / "survivors")  # as if its audit had never been opened
+    shutil.rmtree(audited.site(SITE) / "state" / "opened")  # as if its audit had never been opened
     before = audited.ledger(SITE)
     answer = audited.send(SITE, audit_task(audited, attempt=2))
     assert isinstance(answer, MaskedAnswer)

@@ -144,3 +144,14 @@ def test_the_newest_head_is_remembered_beside_the_answers(tmp_path: Path) -> Non
         outbox.put(f"{seq}" * 64, b"answer", Head(seq, "a" * 64))
     assert Outbox(tmp_path).last_head() == Head(5, "a" * 64)
     assert Head(5, "a" * 64) in Outbox(tmp_path).heads()
+
+
+def test_of_two_answered_audits_one_is_opened(tmp_path: Path) -> None:
+    """Both were answered before either was opened: exact counts over two sets of sites must not meet."""
+    outbox = Outbox(tmp_path)
+    assert not outbox.opened(P, "audit")
+    outbox.open_once(P, "audit", "1" * 64)
+    outbox.open_once(P, "audit", "1" * 64)  # the same one again, after a cut link
+    assert code_of(lambda: Outbox(tmp_path).open_once(P, "audit", "2" * 64)) == "UNCOVERED_CAP"
+    assert outbox.opened(P, "audit")
+    assert not outbox.opened("b" * 64, "audit")

@@ -114,7 +114,7 @@ def test_the_audit_reads_against_its_count_and_sends_counts_only(
     study_finished: Any, study_copy: Callable[..., Any], tmp_path: Path, spy: Any
 ) -> None:
     study = study_copy(study_finished, tmp_path / "finished")
-    shutil.rmtree(study.site(SITE) / "state" / "survivors")  # as if its audit had never been opened
+    shutil.rmtree(study.site(SITE) / "state" / "opened")  # as if its audit had never been opened
     assert isinstance(study.send(SITE, audit_task(study, attempt=1)), MaskedAnswer)
     assert spy.problems == []
     assert set(kinds(spy)) == {("UncoveredToken", "audit")}
