@@ -252,7 +252,7 @@ def kill_at_random(workers: Workers, fresh: Callable[[], Path], kills: int) -> i
 
 
 def test_killed_at_random_instants(workers: Workers, fresh: Callable[[], Path]) -> None:
-    kill_at_random(workers, fresh, 10)
+    kill_at_random(workers, fresh, 10)  # it checks after every run
 
 
 @pytest.mark.exhaustive

@@ -18,7 +18,7 @@ from client.rounds import read_records
 from client.sitemodel import model_of
 from medgen_models.schema import PatientBatch
 from privacy.audit.parts import split
-from privacy.boundary.messages import MaskedAnswer, PartPut
+from privacy.boundary.messages import MaskedAnswer, PartPut, UnmaskAnswer
 from server.auditing import vector_length
 
 SITE = "alder-university"
@@ -172,6 +172,18 @@ def test_a_cohort_that_is_not_its_manifest_is_not_read(
         evidence.read_cohort(asked["config"], audited.plan, task, asked["model"], asked["token"])
     assert found.value.code == expected
     assert not list((audited.site(SITE) / "cache").glob("cohort-*"))
+
+
+def test_of_two_answered_audits_the_agent_opens_one(
+    study_finished: Any, study_copy: Callable[..., Any], study_sites: tuple[str, ...], tmp_path: Path
+) -> None:
+    study = study_copy(study_finished, tmp_path / "two")
+    shutil.rmtree(study.site(SITE) / "state" / "opened")
+    tasks = [audit_task(study, attempt=attempt) for attempt in (2, 3)]
+    assert all(isinstance(study.send(SITE, task), MaskedAnswer) for task in tasks)
+    assert isinstance(study.send(SITE, study.unmask(tasks[1], study_sites)), UnmaskAnswer)
+    assert study.send(SITE, study.unmask(tasks[0], study_sites)).code == "UNCOVERED_CAP"
+    assert isinstance(study.send(SITE, study.unmask(tasks[1], study_sites)), UnmaskAnswer)  # after a cut link
 
 
 def test_one_audit_of_a_plan_is_opened_and_no_second_is_answered(audited: Any) -> None:

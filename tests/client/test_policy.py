@@ -192,7 +192,8 @@ def test_the_roster_must_say_what_the_site_says(wall_site: Path, wall_propose: P
 
 
 def test_fewer_slots_than_offered_are_fine(wall_site: Path, wall_propose: Propose) -> None:
-    approve(wall_site, wall_propose(own={"slots": ("ehr",)}))
+    name = approve(wall_site, wall_propose(own={"slots": ("ehr",)}))
+    assert policy.admit(wall_site, name).roster[SiteConfig.load(wall_site).site.name].slots == ("ehr",)
 
 
 def make_dp(epsilon: float, delta: float = 1e-5) -> dict[str, object]:

@@ -200,9 +200,9 @@ class TestCache:
         self, site: Any, schema: Schema, split_key: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         fill(site)
-        self.load(site, schema, split_key)
+        first = self.load(site, schema, split_key)
         monkeypatch.setattr("client.records.bids.read_slot", lambda *_: pytest.fail("read an image"))
-        self.load(site, schema, split_key)
+        assert same(first.members, self.load(site, schema, split_key).members)
 
     def test_nothing_in_it_is_readable_and_only_we_may_open_it(
         self, site: Any, schema: Schema, split_key: bytes
