@@ -47,6 +47,7 @@ from simulations.benchmarks.frontier_world import FACTOR, Shift, Sizes, World, m
 Where = Literal["one site", "federated", "pooled"]
 WarmUp = Literal["none", "public", "prototypes"]
 Floats = NDArray[np.float64]
+Queries = tuple[tuple[int, ...], ...]
 DELTA = 1e-5
 RANK = 4
 GUIDANCE = 2.0
@@ -150,15 +151,15 @@ def run_cell(cell: Cell, sizes: Sizes, public: PublicModel, world: World, seed: 
         tables = count_tables(world.public_codes, world.domain, world.queries)
         model, epsilon, sigma = assemble(public, {}, cell.group, RANK), 0.0, math.nan
     else:
-        plan = plan_of(cell, sizes, public, world)
+        plan = plan_of(cell, sizes, public, world.queries)
         sites = sites_of(cell, world)
-        tables = _marginals(plan, sites, world, noise)
-        state = _recentre(plan, cell, sites, public, noise)
+        tables = marginals(plan, sites, world.domain, world.queries, noise)
+        state = recentre(plan, cell, sites, public, noise)
         if cell.warm_up != "none":
             shift = _level_shifts(plan, sites, public, world, state, noise) if cell.warm_up == "prototypes" else {}
             state = {**state, **_warmed(public, world, shift, seed)}
         if cell.trained:
-            state = _train(plan, cell, sites, public, state, noise)
+            state = train(plan, cell, sites, public, state, noise, LEARNING_RATE[cell.group])
         model = assemble(public, state, cell.group, RANK)
         epsilon, sigma = plan.epsilon, plan.training(CORE).sigma if cell.trained else math.nan
     kept, distance = _sampled(model, world, tables, sizes, seed)
@@ -168,11 +169,11 @@ def run_cell(cell: Cell, sizes: Sizes, public: PublicModel, world: World, seed: 
     return Utility(kept=kept, distance=distance, loss=loss, epsilon=epsilon, sigma=sigma, seconds=seconds)
 
 
-def plan_of(cell: Cell, sizes: Sizes, public: PublicModel, world: World) -> DPPlan:
+def plan_of(cell: Cell, sizes: Sizes, public: PublicModel, queries: Queries) -> DPPlan:
     """The calibrated plan of a cell: marginals, recentring where asked for, and the core, in one joint calibration."""
     ease = max(1.0, Cell(name="").epsilon / cell.epsilon)
     stages: list[QueryStage | TrainingStage] = [
-        QueryStage(name=MARGINALS, sigma=QUERY_SIGMA[MARGINALS] * ease, sensitivity=math.sqrt(len(world.queries)))
+        QueryStage(name=MARGINALS, sigma=QUERY_SIGMA[MARGINALS] * ease, sensitivity=math.sqrt(len(queries)))
     ]
     if cell.recentred:
         stages.append(QueryStage(name=RECENTRE, sigma=QUERY_SIGMA[RECENTRE] * ease, sensitivity=public.recentre_norm))
@@ -227,14 +228,16 @@ def image_slots(public: PublicModel) -> tuple[str, ...]:
     return tuple(slot.name for slot in public.schema.slots if slot.kind in IMAGE_KINDS)
 
 
-def _marginals(plan: DPPlan, sites: Sequence[Site], world: World, noise: NoiseSource) -> dict[tuple[int, ...], Floats]:
+def marginals(
+    plan: DPPlan, sites: Sequence[Site], domain: Sequence[int], queries: Queries, noise: NoiseSource
+) -> dict[tuple[int, ...], Floats]:
     """Noised counts of all sites together; each site adds its own noise."""
     sigma = plan.query(MARGINALS).sigma
-    found = [noisy_marginals(site.codes, world.domain, world.queries, sigma, noise) for site in sites]
-    return {query: np.sum([tables[query] for tables in found], axis=0) for query in world.queries}
+    found = [noisy_marginals(site.codes, domain, queries, sigma, noise) for site in sites]
+    return {query: np.sum([tables[query] for tables in found], axis=0) for query in queries}
 
 
-def _recentre(plan: DPPlan, cell: Cell, sites: Sequence[Site], public: PublicModel, noise: NoiseSource) -> State:
+def recentre(plan: DPPlan, cell: Cell, sites: Sequence[Site], public: PublicModel, noise: NoiseSource) -> State:
     """The state with the centres moved, or an empty one where the cell does not ask."""
     if not cell.recentred:
         return {}
@@ -290,8 +293,14 @@ def slot_bound(public: PublicModel) -> float:
     return public.recentre_norm / math.sqrt(len(image_slots(public)))
 
 
-def _train(
-    plan: DPPlan, cell: Cell, sites: Sequence[Site], public: PublicModel, state: State, noise: NoiseSource
+def train(
+    plan: DPPlan,
+    cell: Cell,
+    sites: Sequence[Site],
+    public: PublicModel,
+    state: State,
+    noise: NoiseSource,
+    learning_rate: float,
 ) -> State:
     """All rounds: private steps at each site on its own optimizer state, then the weighted mean of the changes."""
     stage = plan.training(CORE)
@@ -317,7 +326,7 @@ def _train(
                 prepare=_prepare(held[k], public, stage.draws),
                 stage=stage,
                 n_decl=site.n_decl,
-                learning_rate=LEARNING_RATE[cell.group] * anneal(number, stage.rounds),
+                learning_rate=learning_rate * anneal(number, stage.rounds),
                 speed=Speed(chunk=CHUNK),
                 noise=noise,
                 optimizer_state=optimizers[k],

@@ -124,7 +124,7 @@ def test_a_stored_world_comes_back_as_it_was(cache: Path, public: PublicModel, m
 def test_a_plan_spends_its_epsilon_over_queries_and_core_together(
     epsilon: float, public: PublicModel, mean_world: World
 ) -> None:
-    plan = plan_of(Cell("x", epsilon=epsilon, draws=2), MICRO, public, mean_world)
+    plan = plan_of(Cell("x", epsilon=epsilon, draws=2), MICRO, public, mean_world.queries)
     assert [stage.name for stage in plan.stages] == [MARGINALS, RECENTRE, CORE]
     assert plan.training(CORE).draws == 2
     assert plan.training(CORE).clip == public.clip_norms["all"]
@@ -132,7 +132,7 @@ def test_a_plan_spends_its_epsilon_over_queries_and_core_together(
         assert not plan.private
     else:
         assert 0.97 * epsilon < plan.epsilon <= epsilon
-    bare = plan_of(Cell("x", epsilon=epsilon, recentred=False, trained=False), MICRO, public, mean_world)
+    bare = plan_of(Cell("x", epsilon=epsilon, recentred=False, trained=False), MICRO, public, mean_world.queries)
     assert [stage.name for stage in bare.stages] == [MARGINALS]
 
 
@@ -150,9 +150,9 @@ def test_one_federated_and_pooled_hold_the_same_patients(mean_world: World) -> N
 def test_without_noise_recentring_takes_the_hospitals_mean_away(public: PublicModel, mean_world: World) -> None:
     """The bound clips, so not the whole of it; the core and every weight stay as they were."""
     cell = Cell("x", epsilon=math.inf, trained=False)
-    plan = plan_of(cell, MICRO, public, mean_world)
+    plan = plan_of(cell, MICRO, public, mean_world.queries)
     sites = sites_of(cell, mean_world)
-    state = frontier_cell._recentre(plan, cell, sites, public, known_noise("x", "y", "recentre", 0, 0))
+    state = frontier_cell.recentre(plan, cell, sites, public, known_noise("x", "y", "recentre", 0, 0))
     assert set(state) == {"mean/mri", "mean/pet", "mean/cxr"}
     model = assemble(public, state, "all", frontier_cell.RANK)
     after = shift_tokens(mean_world.held_out, public.bank, frontier_cell.moved(public, model))
@@ -164,13 +164,13 @@ def test_without_noise_recentring_takes_the_hospitals_mean_away(public: PublicMo
         )
         assert after_norm < 0.8 * before_norm, name
     assert (
-        frontier_cell._recentre(plan, Cell("x", recentred=False), sites, public, known_noise("a", "b", "c", 0, 0)) == {}
+        frontier_cell.recentre(plan, Cell("x", recentred=False), sites, public, known_noise("a", "b", "c", 0, 0)) == {}
     )
 
 
 def test_a_warm_up_asks_for_prototypes_and_hands_all_weights_on(public: PublicModel, mean_world: World) -> None:
     cell = Cell("x", epsilon=math.inf, warm_up="prototypes")
-    plan = plan_of(cell, MICRO, public, mean_world)
+    plan = plan_of(cell, MICRO, public, mean_world.queries)
     assert [stage.name for stage in plan.stages] == [MARGINALS, RECENTRE, PROTOTYPES, CORE]
     sites, noise = sites_of(cell, mean_world), known_noise("x", "y", "prototypes", 0, 0)
     assert all(len(site.levels) == site.n_decl for site in sites)
@@ -181,7 +181,11 @@ def test_a_warm_up_asks_for_prototypes_and_hands_all_weights_on(public: PublicMo
     assert set(state) == set(start)
     assert any(not np.array_equal(state[name], start[name].numpy()) for name in start)
     control = Cell("x", epsilon=math.inf, warm_up="public")
-    assert [stage.name for stage in plan_of(control, MICRO, public, mean_world).stages] == [MARGINALS, RECENTRE, CORE]
+    assert [stage.name for stage in plan_of(control, MICRO, public, mean_world.queries).stages] == [
+        MARGINALS,
+        RECENTRE,
+        CORE,
+    ]
     still = frontier_cell._warmed(public, mean_world, {}, 5)
     assert any(not np.array_equal(state[name], still[name]) for name in start)
 
@@ -189,10 +193,10 @@ def test_a_warm_up_asks_for_prototypes_and_hands_all_weights_on(public: PublicMo
 def test_private_training_moves_the_group_that_it_names_alone(public: PublicModel, mean_world: World) -> None:
     for group in ("all", "attention", "lora"):
         cell = Cell("x", group=group, recentred=False)
-        plan = plan_of(cell, MICRO, public, mean_world)
+        plan = plan_of(cell, MICRO, public, mean_world.queries)
         start = assemble(public, {}, group, frontier_cell.RANK).core_weights()
-        state = frontier_cell._train(
-            plan, cell, sites_of(cell, mean_world), public, {}, known_noise("x", "y", "core", 0, 0)
+        state = frontier_cell.train(
+            plan, cell, sites_of(cell, mean_world), public, {}, known_noise("x", "y", "core", 0, 0), 3e-3
         )
         assert set(state) == set(start)
         assert any(not np.array_equal(state[name], start[name].numpy()) for name in start), group
