@@ -189,7 +189,7 @@ def _train_core(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpT
         generator = torch.Generator().manual_seed(MADE_UP_SEED)
         return make_units(model.made_up_patients(patients, generator), model.layout, flow, generator)
 
-    unit_loss = make_unit_loss(model.core, flow)
+    unit_loss = make_unit_loss(model.core, flow, model.public.readouts)
     after = _train(config, plan, task, stage, params, unit_loss, len(tokens), prepare, noise, made_up, (model.core,))
     return changes(params, after, plan.weight(config.site.name), groups)
 

@@ -1,10 +1,13 @@
 """The core: one pre-norm transformer over all tokens of a visit, the denoiser for every task.
 
-Each instance has its own diffusion time and state; time, state, slot, factors and time gap give one conditioning vector
-per instance, which modulates its tokens (adaptive LayerNorm, Peebles and Xie (2023), with gates half open at the start).
-The vector is computed once per instance and spread over tokens by ``onehot @ vector``: indexing costs four times as much
-in the backward pass. Instances that are absent are masked from attention; a register token is always there, so that
-attention never runs over an empty set.
+Each instance has its own diffusion time and state; time, state, slot, factors, time gap and the geometry of an image's grid
+give one conditioning vector per instance, which modulates its tokens (adaptive LayerNorm, Peebles and Xie (2023), with gates
+half open at the start). The vector is computed once per instance and spread over tokens by ``onehot @ vector``: indexing
+costs four times as much in the backward pass. Instances that are absent are masked from attention, as keys only: nobody
+reads them, but they read the others, so the core also says what a withheld row would hold. A register token is always
+there, so that attention never runs over an empty set.
+
+Numbers are predicted as they are, categories as the expectation of their code under a softmax.
 
 Every layer is a Linear, a LayerNorm or a matrix product, nothing is in place and no layer sees two patients, so that
 per-patient gradients are exact under ``torch.func.vmap(torch.func.grad(...))``.
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +33,8 @@ STATES = 4
 _TIME_FEATURES = 32
 _GAP_FEATURES = 8
 _GATE = 0.5
+_LEAST_TIME = 0.02
+"""Below this time a token's own evidence of its category counts as at this time: there it is certain anyway."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,7 @@ class CoreConfig:
         ratio: hidden width of the feed-forward part relative to width.
         lora_rank: rank of adapters on every trunk layer; 0 means none.
         lora_scale: factor on the adapters' output.
+        fusion: how tokens hear of each other: by attention, or, for comparison, as the plain mean over all of them.
     """
 
     width: int = 96
@@ -49,6 +55,7 @@ class CoreConfig:
     ratio: int = 4
     lora_rank: int = 0
     lora_scale: float = 1.0
+    fusion: Literal["attention", "mean"] = "attention"
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not divide."""
@@ -84,7 +91,7 @@ class _Layer(nn.Module):
     def __init__(self, config: CoreConfig) -> None:
         super().__init__()
         width, rank, scale = config.width, config.lora_rank, config.lora_scale
-        self.heads = config.heads
+        self.heads, self.fusion = config.heads, config.fusion
         self.norm_attention = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv = AdaptedLinear(width, 3 * width, rank, scale)
         self.merge = AdaptedLinear(width, width, rank, scale)
@@ -108,6 +115,9 @@ class _Layer(nn.Module):
     def _attend(self, qkv: Tensor, bias_G11M: Tensor) -> Tensor:
         g, m, c = qkv.shape
         q, k, v = qkv.reshape(g, m, 3, self.heads, c // (3 * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fusion == "mean":
+            mean_GH1C = bias_G11M.softmax(dim=-1) @ v
+            return mean_GH1C.expand(v.shape).transpose(1, 2).reshape(g, m, c // 3)
         scores_GHMM = (q * q.shape[-1] ** -0.5) @ k.mT + bias_G11M
         out: Tensor = (scores_GHMM.softmax(dim=-1) @ v).transpose(1, 2).reshape(g, m, c // 3)
         return out
@@ -116,12 +126,13 @@ class _Layer(nn.Module):
 class _Trunk(nn.Module):
     """What every site shares: conditioning, register token, layers, final norm."""
 
-    def __init__(self, config: CoreConfig) -> None:
+    def __init__(self, config: CoreConfig, geometry: int) -> None:
         super().__init__()
         width = config.width
         self.register = nn.Parameter(torch.zeros(width))
         self.state = nn.Parameter(torch.zeros(STATES, width))
         self.time = _linear(_TIME_FEATURES + _GAP_FEATURES, width)
+        self.geometry = _linear(geometry, width)
         self.mix = _linear(width, width)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -160,6 +171,10 @@ class TokenCore(nn.Module):
 
     onehot_NI: Tensor
     spread_MJ: Tensor
+    geometry_IC: Tensor
+    category_NW: Tensor
+    levels_N1: Tensor
+    code_N1: Tensor
     time_frequencies: Tensor
     gap_frequencies: Tensor
 
@@ -167,7 +182,8 @@ class TokenCore(nn.Module):
         super().__init__()
         self.layout, self.config = layout, config
         sizes = [layout.members(name) for name in layout.slots]
-        self.trunk = _Trunk(config)
+        geometry_IC, categories = layout.geometry_IC(), layout.categories()
+        self.trunk = _Trunk(config, geometry_IC.shape[1])
         self.slot = nn.ModuleDict(
             {
                 name: _SlotDoor(config.width, layout.tokens_I[own[0]], layout.width_I[own[0]], len(own))
@@ -180,6 +196,13 @@ class TokenCore(nn.Module):
         spread[0, 0] = 1.0
         spread[1:, 1:] = layout.onehot_NI()
         self.register_buffer("spread_MJ", spread, persistent=False)
+        self.register_buffer("geometry_IC", geometry_IC, persistent=False)
+        # Codes occupy the tokens of one table; softmax runs over these alone.
+        rows = categories.mask_NW.sum(dim=1).nonzero().flatten()
+        self.coded = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 0)
+        self.register_buffer("category_NW", categories.mask_NW[self.coded], persistent=False)
+        self.register_buffer("levels_N1", categories.levels_N1[self.coded], persistent=False)
+        self.register_buffer("code_N1", categories.spread_N1[self.coded], persistent=False)
         frequencies = torch.exp(torch.linspace(0.0, math.log(200.0), _TIME_FEATURES // 2))
         self.register_buffer("time_frequencies", frequencies, persistent=False)
         gap_frequencies = torch.exp(torch.linspace(math.log(0.5), math.log(8.0), _GAP_FEATURES // 2))
@@ -218,20 +241,39 @@ class TokenCore(nn.Module):
             gap_GI: hours between a reference and the instance it precedes.
 
         Returns:
-            x̂_GNW; meaningless on padding and on tokens that are not noised.
+            x̂_GNW; meaningless on padding and on given tokens. On absent categorical tokens it is what the others say of them.
         """
         condition_GJE = self._condition(state_GI, time_GI, factor_GIF, gap_GI)
         present_GI = (state_GI != ABSENT).to(x_GNW.dtype)
         present_GN = present_GI @ self.onehot_NI.mT
-        skip_GN1, out_GN1, in_GN1 = preconditioning((time_GI @ self.onehot_NI.mT)[..., None])
+        x_GNW = x_GNW * present_GN[..., None]
+        time_GN1 = (time_GI @ self.onehot_NI.mT)[..., None]
+        skip_GN1, out_GN1, in_GN1 = preconditioning(time_GN1)
         attended_GM = nn.functional.pad(present_GN, (1, 0), value=1.0)
-        h_GME = self._enter(x_GNW * in_GN1) * attended_GM[..., None]
+        h_GME = self._enter(x_GNW * in_GN1)
         bias_G11M = ((attended_GM - 1.0) * 1e4)[:, None, None, :]
         for layer in self.trunk.layers:
             h_GME = layer(h_GME, condition_GJE, self.spread_MJ, bias_G11M)
         shift, scale = (self.spread_MJ @ part for part in self.trunk.modulate(condition_GJE).chunk(2, dim=-1))
         change_GNW = self._leave((self.trunk.norm(h_GME) * (1.0 + scale) + shift)[:, 1:])
-        return skip_GN1 * x_GNW + out_GN1 * change_GNW
+        clean_GNW = skip_GN1 * x_GNW + out_GN1 * change_GNW
+        if self.coded.stop == 0:
+            return clean_GNW
+        own = self.coded
+        codes_GNW = self._expected_code(x_GNW[:, own], change_GNW[:, own], time_GN1[:, own])
+        numbers_GNW = clean_GNW[:, own] * (1.0 - self.category_NW)
+        return torch.cat([clean_GNW[:, : own.start], numbers_GNW + codes_GNW, clean_GNW[:, own.stop :]], dim=1)
+
+    def _expected_code(self, x_GNW: Tensor, change_GNW: Tensor, time_GN1: Tensor) -> Tensor:
+        """Expectation of a category's code: softmax of what the token itself shows plus what the network adds.
+
+        For codes of equal length under Gaussian noise the log-likelihood of level k is (1 - t) / t^2 <x_t, code_k>, so that
+        with nothing from the others this is the exact posterior under equal chances; see also Dieleman et al. (2022),
+        section 3.1, for predicting a clean embedding by a softmax.
+        """
+        evidence = (1.0 - time_GN1) / time_GN1.clamp_min(_LEAST_TIME).square() * x_GNW / self.code_N1
+        logits_GNW = evidence + change_GNW + (self.category_NW - 1.0) * 1e4
+        return (logits_GNW.softmax(dim=-1) - 1.0 / self.levels_N1) / self.code_N1 * self.category_NW
 
     def _doors(self) -> list[tuple[_SlotDoor, slice, int, int]]:
         """Per slot: its door, its tokens, its token width, its number of instances."""
@@ -248,6 +290,7 @@ class TokenCore(nn.Module):
         log_gap = torch.log1p(gap_GI.clamp_min(0.0))[..., None] * self.gap_frequencies
         features_GIC = torch.cat([angle.sin(), angle.cos(), log_gap.sin(), log_gap.cos() - 1.0], dim=-1)
         out = self.trunk.time(features_GIC) + _onehot(state_GI, STATES) @ self.trunk.state
+        out = out + self.trunk.geometry(self.geometry_IC)
         out = out + torch.cat([door.instance for door, *_ in self._doors()])
         for f, factor in enumerate(self.layout.factors):
             table = cast(_FactorTable, self.factor[factor.name])

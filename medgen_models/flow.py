@@ -19,6 +19,16 @@ from torch import Tensor
 
 from medgen_models.core import ABSENT, GIVEN, NOISED, REFERENCE, TokenCore
 from medgen_models.layout import Layout
+from medgen_models.terms import (
+    Objective,
+    Readout,
+    biomarker_loss,
+    hinge_loss,
+    label_loss,
+    perturbed,
+    token_errors,
+    updated_targets,
+)
 from medgen_models.tokens import TokenBatch
 
 CoreFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -56,6 +66,8 @@ class FlowConfig:
         shares: of the patterns of states.
         factor_drop: chance that a factor is dropped where the pattern keeps it.
         draws: K, noise draws of a patient inside one clip.
+        hinge, label, biomarker: weights of the further terms (see :mod:`medgen_models.terms`); 0 leaves one out. The hinge
+            takes a second pass of the core; without it nothing is drawn for it.
     """
 
     t_mean: float = 0.3
@@ -65,6 +77,9 @@ class FlowConfig:
     shares: Shares = dataclasses.field(default_factory=Shares)
     factor_drop: float = 0.1
     draws: int = 1
+    hinge: float = 0.0
+    label: float = 0.1
+    biomarker: float = 0.1
 
 
 def draw(
@@ -73,8 +88,9 @@ def draw(
     """The randomness of one training step, patient-leading.
 
     Returns:
-        ``t`` (B, K, V, I), ``noise`` (B, K, V, N, W), ``state`` (B, K, V, I) int64, ``keep`` (B, K, V, F) float32. How many
-        random numbers are drawn depends on shapes alone, so no patient's draw depends on another patient.
+        ``t`` (B, K, V, I), ``noise`` (B, K, V, N, W), ``state`` (B, K, V, I) int64, ``keep`` (B, K, V, F) float32, and with
+        a hinge ``perturbation`` (B, K, V, N, W). How many random numbers are drawn depends on shapes alone, so no patient's
+        draw depends on another patient.
     """
     b, v, i = present_BVI.shape
     k = config.draws
@@ -91,12 +107,13 @@ def draw(
     pattern = torch.bucketize(uniform(1), torch.tensor(dataclasses.astuple(config.shares)).cumsum(0)[:-1], right=True)
     state = _states(layout, present, pattern, uniform(1), uniform(i), uniform(i), uniform(i))
     chance = _keep_chance(layout, state, pattern, config.factor_drop)
-    return {
+    drawn = {
         "t": t * (state == NOISED),
         "noise": normal(layout.tokens, layout.width),
         "state": state,
         "keep": (uniform(len(layout.factors)) < chance).float(),
     }
+    return drawn | ({"perturbation": normal(layout.tokens, layout.width)} if config.hinge else {})
 
 
 def _states(
@@ -162,49 +179,101 @@ def make_units(tokens: TokenBatch, layout: Layout, config: FlowConfig, generator
     return tokens.as_dict() | draw(layout, tokens.present_BVI, tokens.visit_BV, config, generator)
 
 
-def patient_losses(core: CoreFn, units: dict[str, Tensor], onehot_NI: Tensor, cap: float = 6.0) -> Tensor:
+def objective_of(layout: Layout, config: FlowConfig, readouts: Mapping[str, Readout] | None = None) -> Objective:
+    """What the losses of ``config`` read beside the tokens."""
+    return Objective(
+        layout=layout,
+        onehot_NI=layout.onehot_NI(),
+        categories=layout.categories(),
+        cap=config.cap,
+        hinge=config.hinge,
+        label=config.label,
+        biomarker=config.biomarker,
+        readouts=readouts or {},
+    )
+
+
+def patient_losses(core: CoreFn, units: dict[str, Tensor], objective: Objective, together: bool = False) -> Tensor:
     """Loss of each patient (B,): mean over an instance's numbers, then its target instances, then visits and draws.
 
     A patient without any target has loss exactly 0 and gradient exactly 0.
+
+    Args:
+        core: the denoiser.
+        units: of :func:`make_units`.
+        objective: the public rest.
+        together: take the second pass of the hinge for those visits alone that have one. Which these are depends on the
+            drawn states, so it is for public batches; one patient under ``vmap`` always takes the pass.
     """
     t, state, noise = units["t"], units["state"], units["noise"]
     b, k, v, _ = t.shape
     z = units["z"][:, None].expand(noise.shape)
     factor = units["factor"][:, None] * units["keep"][..., None, :].long()
     gap = units["gap"][:, None].expand(t.shape)
-    t_N1 = (t @ onehot_NI.mT)[..., None]
+    weight = units["weight"][:, None].expand(z.shape)
+    t_N1 = (t @ objective.onehot_NI.mT)[..., None]
     x_t = (1.0 - t_N1) * z + t_N1 * noise
 
     def fold(value: Tensor) -> Tensor:
         return value.reshape(b * k * v, *value.shape[3:])
 
-    clean = core(fold(x_t), fold(state), fold(t), fold(factor), fold(gap)).reshape(z.shape)
-    weight = units["weight"][:, None].expand(z.shape)
-    error_BKVN = ((clean - z).square() * weight).sum(-1)
-    size_BKVI = weight.sum(-1) @ onehot_NI
-    loss_BKVI = (error_BKVN @ onehot_NI) / size_BKVI.clamp_min(1e-6)
+    condition = (fold(state), fold(t), fold(factor), fold(gap))
+    clean = core(fold(x_t), *condition).reshape(z.shape)
+    error_BKVN = token_errors(clean, z, weight, objective.categories)
+    size_BKVI = weight.sum(-1) @ objective.onehot_NI
+    loss_BKVI = (error_BKVN @ objective.onehot_NI) / size_BKVI.clamp_min(1e-6)
     target_BKVI = ((state == NOISED) & (size_BKVI > 0)).to(z.dtype)
     # 1/t^2 of a target's own t; t is 0 elsewhere, where 1 keeps the quotient finite.
-    scale_BKVI = (1.0 / torch.where(state == NOISED, t, torch.ones_like(t)).square()).clamp_max(cap)
+    scale_BKVI = (1.0 / torch.where(state == NOISED, t, torch.ones_like(t)).square()).clamp_max(objective.cap)
     per_visit = (loss_BKVI * scale_BKVI * target_BKVI).sum(-1) / target_BKVI.sum(-1).clamp_min(1.0)
+    if objective.label:
+        per_visit = per_visit + objective.label * label_loss(clean, z, weight, state, objective)
+    if objective.biomarker and objective.readouts:
+        per_visit = per_visit + objective.biomarker * biomarker_loss(clean, z, scale_BKVI, target_BKVI, objective)
+    if objective.hinge:
+        moved = fold(perturbed(x_t, units["perturbation"], state, objective))
+        pull = _hinge(core, moved, condition, tuple(map(fold, (clean, z, weight, t, state))), objective, together)
+        per_visit = per_visit + objective.hinge * pull.reshape(b, k, v)
     counted = (target_BKVI.sum(-1) > 0).to(z.dtype)
     return (per_visit * counted).sum((1, 2)) / counted.sum((1, 2)).clamp_min(1.0)
 
 
-def patient_loss(core: CoreFn, unit: dict[str, Tensor], onehot_NI: Tensor, cap: float = 6.0) -> Tensor:
+def _hinge(
+    core: CoreFn,
+    moved_GNW: Tensor,
+    condition: tuple[Tensor, ...],
+    facts: tuple[Tensor, ...],
+    objective: Objective,
+    together: bool,
+) -> Tensor:
+    """The hinge of each folded visit (G,), 0 where nothing is updated."""
+    if not together:
+        clean, z, weight, t, state = facts
+        return hinge_loss(clean, core(moved_GNW, *condition), z, weight, t, state, objective)
+    rows_G = updated_targets(facts[-1], objective.layout).any(-1).nonzero().flatten()
+    out = torch.zeros(len(moved_GNW))
+    if not len(rows_G):
+        return out
+    clean, z, weight, t, state = (value[rows_G] for value in facts)
+    other = core(moved_GNW[rows_G], *(value[rows_G] for value in condition))
+    return out.index_add(0, rows_G, hinge_loss(clean, other, z, weight, t, state, objective))
+
+
+def patient_loss(core: CoreFn, unit: dict[str, Tensor], objective: Objective) -> Tensor:
     """Loss of one patient, a scalar; ``unit`` is one row of :func:`make_units`."""
-    return patient_losses(core, {name: value[None] for name, value in unit.items()}, onehot_NI, cap)[0]
+    return patient_losses(core, {name: value[None] for name, value in unit.items()}, objective)[0]
 
 
-def make_unit_loss(core: TokenCore, config: FlowConfig) -> UnitLoss:
+def make_unit_loss(core: TokenCore, config: FlowConfig, readouts: Mapping[str, Readout] | None = None) -> UnitLoss:
     """``loss(params, unit)`` for a gradient engine; parameters not in ``params`` stay at the module's values."""
+    objective = objective_of(core.layout, config, readouts)
 
     def unit_loss(params: dict[str, Tensor], unit: dict[str, Tensor]) -> Tensor:
         def call(*args: Tensor) -> Tensor:
             out: Tensor = torch.func.functional_call(core, params, args)
             return out
 
-        return patient_loss(call, unit, core.onehot_NI, config.cap)
+        return patient_loss(call, unit, objective)
 
     return unit_loss
 
@@ -214,12 +283,13 @@ def fixed_losses(
 ) -> Tensor:
     """Loss of each patient (B,) averaged over ``draws`` fixed (state, time, noise) draws that all patients share.
 
-    For attacks and validation: the randomness is drawn for one full patient from ``seed`` and restricted to what each
-    patient has, so two patients are compared on the same noise.
+    The clean-token error alone, without further terms. For attacks and validation: the randomness is drawn for one full
+    patient from ``seed`` and restricted to what each patient has, so two patients are compared on the same noise.
     """
     layout = core.layout
     generator = torch.Generator().manual_seed(seed)
-    one = dataclasses.replace(config, draws=draws)
+    one = dataclasses.replace(config, draws=draws, hinge=0.0, label=0.0, biomarker=0.0)
+    objective = objective_of(layout, one)
     v, i = layout.schema.max_visits, layout.instances
     drawn = draw(layout, torch.ones(1, v, i, dtype=torch.bool), torch.ones(1, v, dtype=torch.bool), one, generator)
     losses = []
@@ -230,7 +300,7 @@ def fixed_losses(
         units["state"] = torch.where(here, units["state"], ABSENT)
         units["t"] = units["t"] * here
         with torch.no_grad():
-            losses.append(patient_losses(core, units, core.onehot_NI, config.cap))
+            losses.append(patient_losses(core, units, objective))
     return torch.cat(losses) if losses else torch.zeros(0)
 
 

@@ -13,7 +13,7 @@ import re
 import torch
 from torch import Tensor
 
-from medgen_models.schema import IMAGE_KINDS, Factor, Instance, Schema, Slot
+from medgen_models.schema import IMAGE_KINDS, REGIONS, Factor, Instance, Schema, Slot
 
 DCT_BLOCK = {1: 64, 2: 8, 3: 8}
 """Edge of a DCT block (samples, pixels or voxels) by number of axes."""
@@ -56,6 +56,25 @@ def token_shape(slot: Slot) -> tuple[int, int]:
             f"slot {slot.name}: expected tokens >= 1 and width >= 1 for codec {slot.codec!r}, got {slot.tokens} and {slot.width}"
         )
     return slot.tokens, slot.width
+
+
+@dataclasses.dataclass(frozen=True)
+class Categories:
+    """Which numbers of a token array code categories: one-hot, standardised as if all levels were equally likely.
+
+    Attributes:
+        mask_NW: 1 on the numbers of a categorical column, 0 elsewhere.
+        levels_N1: number of levels, 1 where a token codes none.
+    """
+
+    mask_NW: Tensor
+    levels_N1: Tensor
+
+    @property
+    def spread_N1(self) -> Tensor:
+        """Deviation of a one-hot number under equal chances, by which codes are divided; 1 where a token codes none."""
+        share_N1 = 1.0 / self.levels_N1
+        return torch.where(self.levels_N1 > 1, (share_N1 * (1.0 - share_N1)).sqrt(), torch.ones_like(share_N1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +181,32 @@ class Layout:
         out = torch.zeros(self.tokens, self.instances)
         for i in range(self.instances):
             out[self.span(i), i] = 1.0
+        return out
+
+    def categories(self) -> Categories:
+        """The numbers of the token array that are one-hot codes of table categories."""
+        mask_NW = torch.zeros(self.tokens, self.width)
+        levels_N1 = torch.ones(self.tokens, 1)
+        for i, (slot, _) in enumerate(self.pairs()):
+            for c, column in enumerate(slot.columns if slot.codec == "table" else ()):
+                if column.kind == "categorical":
+                    mask_NW[self.start_I[i] + c, 1 : 1 + column.width] = 1.0
+                    levels_N1[self.start_I[i] + c] = column.width
+        return Categories(mask_NW, levels_N1)
+
+    def geometry_IC(self) -> Tensor:
+        """What is public about an image's grid: log voxel size and log field of view per axis, and the body region.
+
+        Sizes are logs of millimetres over those of a usual head scan (1 mm and 200 mm); axes that an instance lacks, and
+        all of a table, a series or notes, are 0.
+        """
+        out = torch.zeros(self.instances, 6 + len(REGIONS))
+        for i, (slot, _) in enumerate(self.pairs()):
+            for axis, (edge, size_mm) in enumerate(zip(slot.shape, slot.voxel_mm, strict=False)):
+                if slot.kind in IMAGE_KINDS:
+                    out[i, axis], out[i, 3 + axis] = math.log(size_mm), math.log(edge * size_mm / 200.0)
+            if slot.kind in IMAGE_KINDS:
+                out[i, 6 + REGIONS.index(slot.region)] = 1.0
         return out
 
     def valid_NW(self) -> Tensor:

@@ -23,15 +23,29 @@ from torch import Tensor
 from medgen_models.adapters import Trained, add_lora, trainable
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig, TokenCore
-from medgen_models.flow import FlowConfig, Shares, fixed_losses, make_unit_loss, make_units, patient_losses
+from medgen_models.flow import (
+    FlowConfig,
+    Shares,
+    fixed_losses,
+    make_unit_loss,
+    make_units,
+    objective_of,
+    patient_losses,
+)
 from medgen_models.layout import Layout
 from medgen_models.optimizer import PublicOptimizer
 from medgen_models.schema import IMAGE_KINDS, PatientBatch, Schema
+from medgen_models.terms import Readout, fit_readout
 from medgen_models.tokens import TokenBatch
 
 WEIGHTS_FILE, CARD_FILE = "model.safetensors", "card.json"
+Biomarkers = Mapping[str, Mapping[str, Tensor]]
+"""Instance key -> name -> values of public patients at their first visit (B,), NaN where not measured."""
 _GAP_QUANTILES = 33
 _LOSS_DRAWS = 8
+_READOUT = ("weight_RD", "offset_R", "explained_R")
+_EXPLAINED = 0.5
+"""Share of a biomarker's public variance that its read-out must explain to enter the objective."""
 _MEASURED = 128
 """Public patients on whom gradient norms are measured."""
 
@@ -48,6 +62,8 @@ class PretrainConfig:
         warmup: steps of the warm-up.
         average: decay of the running mean of the weights, which is what is kept.
         lora_rank: rank at which the adapters' gradient norm is measured.
+        hinge: weight of the hinge here, in public training; private steps take ``flow.hinge``, whose second pass they may
+            not want to pay.
         core, flow: model and objective.
     """
 
@@ -60,6 +76,7 @@ class PretrainConfig:
     average: float = 0.99
     weight_decay: float = 1e-2
     lora_rank: int = 4
+    hinge: float = 0.3
     core: CoreConfig = dataclasses.field(default_factory=CoreConfig)
     flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
 
@@ -78,6 +95,7 @@ class PublicModel:
         loss_quantiles: 33 even quantiles of the public patients' fixed-draw losses.
         gap_quantiles: instance key -> 33 even quantiles of the public time gaps in hours, for references.
         card: what was trained, on what, how.
+        readouts: instance key -> biomarkers of the objective.
     """
 
     bank: CodecBank
@@ -88,6 +106,7 @@ class PublicModel:
     loss_quantiles: tuple[float, ...]
     gap_quantiles: Mapping[str, tuple[float, ...]]
     card: Mapping[str, Any]
+    readouts: Mapping[str, Readout] = dataclasses.field(default_factory=dict)
 
     @property
     def schema(self) -> Schema:
@@ -119,6 +138,9 @@ class PublicModel:
         """(weights, card): safetensors and canonical JSON; the card names the digest of the weights."""
         weights = {f"core/{name}": value.detach().contiguous() for name, value in self.core.named_parameters()}
         weights |= {f"bank/{name}": value for name, value in self.bank.tensors().items()}
+        for key, readout in self.readouts.items():
+            for name in _READOUT:
+                weights[f"readout/{key}/{name}"] = getattr(readout, name).contiguous()
         body = bytes(save_tensors(weights))
         card = {
             "format": 1,
@@ -131,6 +153,7 @@ class PublicModel:
             "loss_quantiles": list(self.loss_quantiles),
             "gap_quantiles": {key: list(value) for key, value in self.gap_quantiles.items()},
             "weights_sha256": hashlib.sha256(body).hexdigest(),
+            "biomarkers": {key: list(readout.names) for key, readout in self.readouts.items()},
             "card": dict(self.card),
         }
         return body, json.dumps(card, sort_keys=True, separators=(",", ":")).encode()
@@ -166,6 +189,10 @@ class PublicModel:
             core = TokenCore(bank.layout, CoreConfig(**facts["core"]), torch.Generator().manual_seed(0))
             core.load_state_dict(_under(tensors, "core/"))
             flow = FlowConfig(**(facts["flow"] | {"shares": Shares(**facts["flow"]["shares"])}))
+            readouts = {
+                key: Readout(tuple(names), *(tensors[f"readout/{key}/{name}"] for name in _READOUT))
+                for key, names in facts["biomarkers"].items()
+            }
         except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
             raise ValueError(f"the model files do not fit each other ({error}); fetch or train them again") from error
         return PublicModel(
@@ -177,6 +204,7 @@ class PublicModel:
             loss_quantiles=tuple(facts["loss_quantiles"]),
             gap_quantiles={key: tuple(value) for key, value in facts["gap_quantiles"].items()},
             card=facts["card"],
+            readouts=readouts,
         )
 
     def digest(self) -> str:
@@ -212,6 +240,7 @@ def pretrain(
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
     weights: Mapping[str, Path] | None = None,
+    biomarkers: Biomarkers | None = None,
 ) -> PublicModel:
     """Fit codecs and core on public patients.
 
@@ -222,6 +251,7 @@ def pretrain(
         seed: of everything random here.
         on_step: called after each step with its number (from 1) and loss.
         weights: folders with the weights of ``aekl`` codecs, by slot.
+        biomarkers: what was measured in the public patients' images; those that tokens tell enter the objective.
 
     Raises:
         ValueError: no public patients, or a codec that cannot be fitted on them.
@@ -230,7 +260,8 @@ def pretrain(
         raise ValueError("pre-training: there are no public patients; give a public population")
     bank = CodecBank.fit_public(schema, public, seed, config.vae_steps, weights)
     tokens = bank.encode(public)
-    core = train_core(bank.layout, tokens, config, seed, on_step)
+    readouts = fit_readouts(bank.layout, tokens, biomarkers or {})
+    core = train_core(bank.layout, tokens, config, seed, on_step, readouts=readouts)
     flow = config.flow
     quantiles = torch.quantile(fixed_losses(core, tokens, flow, _LOSS_DRAWS, seed), torch.linspace(0, 1, 33))
     image_slots = tuple(slot.name for slot in schema.slots if slot.kind in IMAGE_KINDS)
@@ -241,17 +272,43 @@ def pretrain(
         "pretrain": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("core", "flow")},
         "parameters": sum(p.numel() for p in core.parameters()),
         "tokens": bank.layout.tokens,
+        "biomarkers": {
+            key: dict(zip(found.names, map(float, found.explained_R), strict=True)) for key, found in readouts.items()
+        },
     }
     return PublicModel(
         bank=bank,
         core=core,
         flow=flow,
-        clip_norms=clip_norms(core, bank, public, tokens, config, seed),
+        clip_norms=clip_norms(core, bank, public, tokens, config, seed, readouts),
         recentre_norm=float(vectors.norm(dim=1).median()),
         loss_quantiles=tuple(float(q) for q in quantiles),
         gap_quantiles=_gap_quantiles(bank.layout, tokens),
         card=card,
+        readouts=readouts,
     )
+
+
+def fit_readouts(layout: Layout, tokens: TokenBatch, biomarkers: Biomarkers) -> dict[str, Readout]:
+    """Read-outs of the biomarkers that the tokens of an instance tell (see :data:`_EXPLAINED`).
+
+    Raises:
+        ValueError: an instance that the study does not have, or too few patients with a biomarker.
+    """
+    out = {}
+    for key, values in biomarkers.items():
+        i = layout.place(key)
+        here_B = tokens.present_BVI[:, 0, i]
+        z_BD = tokens.z_BVNW[here_B, 0, layout.span(i), : layout.width_I[i]].flatten(1)
+        known = {name: value_B[here_B] for name, value_B in values.items() if len(z_BD)}
+        if not known:
+            continue
+        found = fit_readout(tuple(known), z_BD, torch.stack(list(known.values()), dim=1))
+        keep = (found.explained_R >= _EXPLAINED).nonzero().flatten()
+        if len(keep):
+            names = tuple(found.names[int(r)] for r in keep)
+            out[key] = Readout(names, found.weight_RD[keep], found.offset_R[keep], found.explained_R[keep])
+    return out
 
 
 def train_core(
@@ -261,6 +318,7 @@ def train_core(
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
     start: TokenCore | None = None,
+    readouts: Mapping[str, Readout] | None = None,
 ) -> TokenCore:
     """Train a core on encoded public patients and return the running mean of its weights, frozen.
 
@@ -273,10 +331,12 @@ def train_core(
     params = list(core.parameters())
     mean = [p.detach().clone() for p in params]
     optimizer = PublicOptimizer(core, config.matrix_rate, config.learning_rate, config.weight_decay)
+    flow = dataclasses.replace(config.flow, hinge=config.hinge)
+    objective = objective_of(layout, flow, readouts)
     for step in range(config.steps):
         rows = torch.randint(len(tokens), (config.batch,), generator=generator)
-        units = make_units(tokens.select(rows), layout, config.flow, generator)
-        loss = patient_losses(core, units, core.onehot_NI, config.flow.cap).mean()
+        units = make_units(tokens.select(rows), layout, flow, generator)
+        loss = patient_losses(core, units, objective, together=True).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step(_schedule(step, config))
@@ -298,7 +358,13 @@ def _schedule(step: int, config: PretrainConfig) -> float:
 
 
 def clip_norms(
-    core: TokenCore, bank: CodecBank, public: PatientBatch, tokens: TokenBatch, config: PretrainConfig, seed: int
+    core: TokenCore,
+    bank: CodecBank,
+    public: PatientBatch,
+    tokens: TokenBatch,
+    config: PretrainConfig,
+    seed: int,
+    readouts: Mapping[str, Readout] | None = None,
 ) -> dict[str, float]:
     """Median per-patient gradient norm on public patients by trained group; patients without a target are left out."""
     generator = torch.Generator().manual_seed(seed + 1)
@@ -308,7 +374,7 @@ def clip_norms(
     norms: dict[str, float] = {}
     groups: tuple[tuple[Trained, TokenCore], ...] = (("all", core), ("attention", core), ("lora", adapted))
     for which, module in groups:
-        norms[which] = _median_norm(make_unit_loss(module, config.flow), trainable(module, which), units)
+        norms[which] = _median_norm(make_unit_loss(module, config.flow, readouts), trainable(module, which), units)
     slots = bank.vae_slots()
     if slots:
         codec_units = bank.vae_units(public.select(rows[:32]), slots, generator)

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,7 +25,10 @@ Kind = Literal["volume", "image", "table", "series", "signal", "text"]
 CodecKind = Literal["dct", "atlas", "vae", "aekl", "table", "series", "text"]
 Role = Literal["target", "reference"]
 
+Region = Literal["unspecified", "brain", "head", "chest", "heart", "breast", "abdomen", "pelvis", "limb", "whole body"]
+
 IMAGE_KINDS: tuple[Kind, ...] = ("volume", "image")
+REGIONS: tuple[Region, ...] = get_args(Region)
 
 
 class _Public(BaseModel):
@@ -114,6 +117,7 @@ class Slot(_Public):
     Attributes:
         shape: voxels or pixels of an image on the study's public grid.
         voxel_mm: size of one voxel on that grid, in millimetres.
+        region: part of the body that an image shows.
         low, high: public intensity range in ``unit`` that maps to [-1, 1]; values beyond it are clipped.
         columns: columns of a table, channels of a series.
         hours, bin_hours: window and bin of a series, in hours.
@@ -125,6 +129,7 @@ class Slot(_Public):
     codec: CodecKind
     shape: tuple[int, ...] = ()
     voxel_mm: tuple[float, ...] = ()
+    region: Region = "unspecified"
     low: float = 0.0
     high: float = 1.0
     unit: str = ""

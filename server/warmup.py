@@ -132,5 +132,5 @@ def warm_up(
     )
     shifts = {slot: torch.from_numpy(value).float() for slot, value in shift.items()}
     tokens = move_levels(patients.tokens, public.layout, patients.level_B, shifts)
-    core = train_core(public.layout, tokens, config, seed, start=public.core)
+    core = train_core(public.layout, tokens, config, seed, start=public.core, readouts=public.readouts)
     return {name: value.detach().numpy().copy() for name, value in core.named_parameters()}

@@ -13,7 +13,9 @@ import dataclasses
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from medgen_models.schema import PatientBatch, Schema
 from simulations import phantom_brain as brain
@@ -207,6 +209,25 @@ def measure_film(image_BYX: F64) -> dict[str, F64]:
         "consolidation": np.abs(right.mean(axis=(1, 2)) - left.mean(axis=(1, 2))),
         "congestion": hilum.mean(axis=(1, 2)),
     }
+
+
+def biomarkers(schema: Schema, batch: PatientBatch) -> dict[str, dict[str, Tensor]]:
+    """What an objective may keep of the images: instance key -> attribute -> (B,) as :func:`attributes` measures it."""
+    measured = {name: torch.from_numpy(value).float() for name, value in attributes(schema, batch).items()}
+    out: dict[str, dict[str, Tensor]] = {}
+    for slot, instance in schema.instances():
+        match slot.name:
+            case "mri":
+                names = {name: name for name in ("ventricle_ml", "hippocampus_ml", "lesion_load")}
+            case "pet":
+                names = {"suvr": f"{instance.fixed['tracer'].lower()}_suvr"}
+            case "cxr":
+                prefix = "prior_" if instance.role == "reference" else ""
+                names = {name: prefix + name for name in ("heart_ratio", "effusion", "congestion", "consolidation")}
+            case _:
+                continue
+        out[slot.key(instance)] = {name: measured[source] for name, source in names.items()}
+    return out
 
 
 def attributes(schema: Schema, batch: PatientBatch) -> dict[str, F64]:

@@ -15,7 +15,7 @@ are missing not at random; who lives alone stands in the note only and raises th
 
 from __future__ import annotations
 
-from simulations.phantom_attributes import ATTRIBUTES, attributes
+from simulations.phantom_attributes import ATTRIBUTES, attributes, biomarkers
 from simulations.phantom_batch import to_batch
 from simulations.phantom_patients import Phantoms, make_patients
 from simulations.phantom_population import PATHOLOGIES, SEQUENCES, TRACERS, Latents, Profile
@@ -32,6 +32,7 @@ __all__ = [
     "Profile",
     "attributes",
     "autoencoder_schema",
+    "biomarkers",
     "contact_sheet",
     "demo_schema",
     "make_patients",

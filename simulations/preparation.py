@@ -28,7 +28,7 @@ from server.planning import PublicFacts, build_plan
 from server.runfolder import RunFolder
 from server.session import COORDINATOR_KEY, split_parts
 from server.warmup import PublicPatients
-from simulations import hospitals, real_schemas
+from simulations import hospitals, phantoms, real_schemas
 from simulations.scenario import Scenario
 
 STEP_EVERY = 10
@@ -88,7 +88,8 @@ def public_model(
             if step % STEP_EVERY == 0 or step == config.steps:
                 events.write("public-step", step=step, steps=config.steps, loss=loss)
 
-        model = pretrain(schema, trained_on, config, scenario.public.seed, on_step)
+        known = phantoms.biomarkers(schema, trained_on) if scenario.public.population == "phantoms" else None
+        model = pretrain(schema, trained_on, config, scenario.public.seed, on_step, biomarkers=known)
         model.save(place)
         weights = (place / WEIGHTS_FILE).read_bytes()
         for number, (_, piece) in enumerate(split_parts(weights)):

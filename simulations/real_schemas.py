@@ -42,11 +42,11 @@ def petmr_schema() -> Schema:
         name="petmr",
         slots=(
             Slot(
-                name="mri", kind="volume", codec="dct", shape=GRID, voxel_mm=GRID_MM, low=0.0, high=1200.0,
+                name="mri", kind="volume", codec="dct", shape=GRID, voxel_mm=GRID_MM, region="limb", low=0.0, high=1200.0,
                 unit="fat = 1000", instances=(Instance(fixed={"sequence": "T1w"}),), factors=(sequence,),
             ),
             Slot(
-                name="pet", kind="volume", codec="dct", shape=GRID, voxel_mm=GRID_MM, low=0.0, high=20.0,
+                name="pet", kind="volume", codec="dct", shape=GRID, voxel_mm=GRID_MM, region="limb", low=0.0, high=20.0,
                 unit="g/ml", instances=(Instance(fixed={"tracer": "FDG"}),), factors=(tracer,),
             ),
             Slot(

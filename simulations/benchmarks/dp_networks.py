@@ -91,7 +91,7 @@ def core_group(which: Trained) -> Network:
 
 def _core(size: float, which: Trained = "all") -> Network:
     from medgen_models.core import CoreConfig, TokenCore
-    from medgen_models.flow import FlowConfig, make_unit_loss, make_units, patient_losses
+    from medgen_models.flow import FlowConfig, make_unit_loss, make_units, objective_of, patient_losses
     from medgen_models.layout import Layout
     from medgen_models.tokens import TokenBatch
     from simulations.phantoms import demo_schema
@@ -116,7 +116,7 @@ def _core(size: float, which: Trained = "all") -> Network:
         return make_units(everything, layout, dataclasses.replace(flow, draws=draws), generator)
 
     def batch_losses(module: nn.Module, batch: Units) -> Tensor:
-        return patient_losses(module, batch, core.onehot_NI, flow.cap)
+        return patient_losses(module, batch, objective_of(core.layout, flow))
 
     about = f"token core, {layout.tokens} tokens, width {config.width}" + (
         "" if which == "all" else f", {which} trained"

@@ -321,7 +321,7 @@ def train(
             before = model.core_weights()
             outcome = train_round(
                 params=before,
-                unit_loss=make_unit_loss(model.core, public.flow),
+                unit_loss=make_unit_loss(model.core, public.flow, public.readouts),
                 patients=len(site.tokens),
                 prepare=_prepare(held[k], public, stage.draws),
                 stage=stage,

@@ -153,7 +153,8 @@ def public_model(folder: Path, sizes: Sizes, seed: int, pretrained: bool) -> Pub
     place = folder / f"public-{seed}-{'trained' if pretrained else 'random'}"
     if not (place / "card.json").is_file():
         config = PretrainConfig(steps=sizes.pretrain_steps if pretrained else 0, core=sizes.core)
-        pretrain(schema, _public(schema, sizes, seed), config, seed).save(place)
+        people = _public(schema, sizes, seed)
+        pretrain(schema, people, config, seed, biomarkers=phantoms.biomarkers(schema, people)).save(place)
     return PublicModel.load(place, schema)
 
 

@@ -26,6 +26,7 @@ from safetensors.numpy import save as save_arrays
 
 from medgen_models.assembly import StudyModel, assemble
 from medgen_models.core import CoreConfig
+from medgen_models.flow import FlowConfig
 from medgen_models.pretrain import PretrainConfig, PublicModel, pretrain
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.table_prior import choose_pairs, count_tables, default_queries, encode_rows, fit, public_positions
@@ -200,15 +201,27 @@ def variant(folder: Path, sizes: Sizes, seed: int, name: VariantName) -> PublicM
     if not (place / "card.json").is_file():
         public = phantoms.make_patients(sizes.public, _PUBLIC + seed, _without_held(Profile()))
         batch = without(schema, phantoms.to_batch(schema, public), name)
-        made = pretrain(schema, batch, pretrain_config(sizes, name), seed)
-        made.save(place)
+        known = phantoms.biomarkers(schema, batch)
+        pretrain(schema, batch, pretrain_config(sizes, name), seed, biomarkers=known).save(place)
     return PublicModel.load(place, schema)
 
 
 def pretrain_config(sizes: Sizes, name: VariantName = "full") -> PretrainConfig:
     """How a variant is trained."""
-    core = CoreConfig(width=sizes.width, layers=sizes.layers, heads=4)
-    return PretrainConfig(steps=sizes.pretrain_steps, batch=sizes.batch, core=core)
+    fusion: Literal["attention", "mean"] = "mean" if name == "no fusion" else "attention"
+    core = CoreConfig(width=sizes.width, layers=sizes.layers, heads=4, fusion=fusion)
+    usual, flow = PretrainConfig(), FlowConfig()
+    return PretrainConfig(
+        steps=sizes.pretrain_steps,
+        batch=sizes.batch,
+        core=core,
+        hinge=0.0 if name == "no hinge" else usual.hinge,
+        flow=dataclasses.replace(
+            flow,
+            label=0.0 if name == "no label" else flow.label,
+            biomarker=0.0 if name == "no biomarker" else flow.biomarker,
+        ),
+    )
 
 
 def without(schema: Schema, batch: PatientBatch, name: VariantName) -> PatientBatch:

@@ -15,10 +15,11 @@ from medgen_models.flow import (
     fixed_losses,
     make_unit_loss,
     make_units,
+    objective_of,
     patient_losses,
     sample,
 )
-from medgen_models.layout import Layout
+from medgen_models.layout import Categories, Layout
 from medgen_models.schema import PatientBatch
 from medgen_models.tasks import states_for
 from medgen_models.tokens import TokenBatch
@@ -100,10 +101,12 @@ def test_draws_of_a_patient_do_not_depend_on_the_others(models_layout: Layout, t
 
 
 def test_loss_of_a_known_error(models_layout: Layout, tokens: TokenBatch) -> None:
-    """With x̂ = x + 1 everywhere, an instance's mean error is 1, so the loss is the mean of its targets' weights."""
+    """With x̂ = x + 1 and no categories, an instance's mean error is 1, so the loss is the mean of its targets' weights."""
     units = make_units(tokens.select([0]), models_layout, FlowConfig(draws=2), torch.Generator().manual_seed(4))
     z = units["z"][:, None].expand(units["noise"].shape).flatten(0, 2)
-    loss = patient_losses(lambda *_: z + 1.0, units, models_layout.onehot_NI(), cap=6.0)
+    whole = objective_of(models_layout, FlowConfig(label=0.0))
+    none = Categories(torch.zeros_like(whole.categories.mask_NW), torch.ones_like(whole.categories.levels_N1))
+    loss = patient_losses(lambda *_: z + 1.0, units, dataclasses.replace(whole, categories=none))
     size = units["weight"].sum(-1) @ models_layout.onehot_NI()
     means = []
     for k in range(2):
@@ -143,7 +146,7 @@ def test_no_patients_no_losses(models_layout: Layout, models_core: TokenCore) ->
     units = make_units(
         TokenBatch.empty(models_layout, 0), models_layout, FlowConfig(), torch.Generator().manual_seed(7)
     )
-    assert patient_losses(models_core, units, models_core.onehot_NI).shape == (0,)
+    assert patient_losses(models_core, units, objective_of(models_layout, FlowConfig())).shape == (0,)
     assert fixed_losses(models_core, TokenBatch.empty(models_layout, 0), FlowConfig(), 2, 0).shape == (0,)
 
 
