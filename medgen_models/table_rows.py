@@ -1,11 +1,12 @@
 """Rows as codes and back: every table column and the presence of every record as a level of a public vocabulary.
 
-A numeric column becomes one of ``bins`` equal-width public bins, whose outer two take whatever lies beyond the range; a
-categorical one its category, or the one called *other* if the schema declares it; and both have a last level *missing*:
+A numeric column becomes one of ``bins`` equal-width public bins, or one of bins between given edges (public ones, or
+made from a noised histogram: :mod:`medgen_models.table_bins`); the outer two take whatever lies beyond the range. A
+categorical one becomes its category, or the one called *other* if the schema declares it; and both have a last level *missing*:
 absence is modelled, not repaired. Every image, series and text instance adds a presence column
 (``@mri.a``) with the levels ``absent | present``, or ``absent`` and one level per value of the factors that vary there
 without a table column saying so (the sequence of an MRI). Nothing here is learned from patients: the vocabulary follows
-from the schema and a public number of bins.
+from the schema and the bins.
 
 Shape legend: B patients · C coded columns · P parts of a bin · V, I, F as in :mod:`medgen_models.schema`.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,6 +23,11 @@ import torch
 from numpy.typing import NDArray
 
 from medgen_models.schema import Factor, Instance, PatientBatch, Schema, Slot, unscale
+from medgen_models.table_bins import Histogram
+
+Bins = int | Sequence[NDArray[np.float64]]
+"""How many equal-width bins a numeric column has; or the edges of every table column on [-1, 1], from -1 to 1 (what stands
+for a categorical one is not read)."""
 
 ABSENT, PRESENT, MISSING, OTHER = "absent", "present", "missing", "other"
 
@@ -71,18 +78,37 @@ def recorded_instances(schema: Schema) -> tuple[tuple[int, Slot, Instance], ...]
     return tuple((i, slot, one) for i, (slot, one) in enumerate(schema.instances()) if slot.kind != "table")
 
 
-def variables(schema: Schema, bins: int) -> tuple[Variable, ...]:
+def edges_of(schema: Schema, bins: Bins) -> tuple[NDArray[np.float64], ...]:
+    """Edges of the bins of every table column; those of categorical ones are not used.
+
+    Raises:
+        ValueError: fewer than one bin, or edges that do not rise from -1 to 1.
+    """
+    columns = schema.table_columns()
+    if isinstance(bins, int):
+        if bins < 1:
+            raise ValueError(f"bins: expected 1 or more, got {bins}; give a public number of bins")
+        return (np.linspace(-1.0, 1.0, bins + 1),) * len(columns)
+    if len(bins) != len(columns):
+        raise ValueError(f"bins: expected edges of {len(columns)} columns, got {len(bins)}")
+    for column, edges_E in zip(columns, bins, strict=True):
+        if column.kind == "numeric" and not (
+            edges_E[0] == -1.0 and edges_E[-1] == 1.0 and (np.diff(edges_E) > 0).all()
+        ):
+            raise ValueError(f"column {column.name}: edges of bins must rise from -1 to 1, got {edges_E}")
+    return tuple(bins)
+
+
+def variables(schema: Schema, bins: Bins) -> tuple[Variable, ...]:
     """The coded columns: table columns in order, then presence columns in the order of instances.
 
     Raises:
-        ValueError: fewer than one bin.
+        ValueError: as :func:`edges_of`.
     """
-    if bins < 1:
-        raise ValueError(f"bins: expected 1 or more, got {bins}; give a public number of bins")
     found = []
-    for column in schema.table_columns():
+    for column, edges_E in zip(schema.table_columns(), edges_of(schema, bins), strict=True):
         if column.kind == "numeric":
-            edges = [f"{unscale(e, column.low, column.high):g}" for e in np.linspace(-1.0, 1.0, bins + 1)]
+            edges = [f"{unscale(edge, column.low, column.high):g}" for edge in edges_E]
             labels = tuple(f"{a} to {b}" for a, b in itertools.pairwise(edges))
         else:
             labels = column.categories
@@ -95,7 +121,7 @@ def variables(schema: Schema, bins: int) -> tuple[Variable, ...]:
     return tuple(found)
 
 
-def encode_rows(schema: Schema, batch: PatientBatch, bins: int) -> RowCodes:
+def encode_rows(schema: Schema, batch: PatientBatch, bins: Bins) -> RowCodes:
     """One row of codes per patient, by a public rule: the first visit that exists.
 
     A table that is not present is a table with every value missing. Numbers beyond the public range fall into the
@@ -105,12 +131,12 @@ def encode_rows(schema: Schema, batch: PatientBatch, bins: int) -> RowCodes:
     Args:
         schema: the study's schema.
         batch: patients of that schema.
-        bins: public number of bins of a numeric column.
+        bins: of numeric columns.
 
     Returns:
         Codes; see :class:`RowCodes` for what -1 means.
     """
-    columns = variables(schema, bins)
+    columns, edges = variables(schema, bins), edges_of(schema, bins)
     codes_BC = np.full((len(batch), len(columns)), -1, dtype=np.int64)
     visit_B = batch.visit_BV.to(torch.int8).argmax(dim=1)
     row_B = torch.arange(len(batch))
@@ -125,7 +151,7 @@ def encode_rows(schema: Schema, batch: PatientBatch, bins: int) -> RowCodes:
             levels = len(columns[c].levels) - 1
             safe_B = np.where(known_BC[:, c], values_BC[:, c], 0.0)
             if column.kind == "numeric":
-                code_B = np.clip(np.floor((safe_B + 1.0) / 2.0 * levels), 0, levels - 1)
+                code_B = np.searchsorted(edges[c][1:-1], safe_B, side="right").astype(np.float64)
             else:
                 strange = column.categories.index(OTHER) if OTHER in column.categories else levels
                 code_B = np.rint(safe_B)
@@ -145,14 +171,15 @@ def encode_rows(schema: Schema, batch: PatientBatch, bins: int) -> RowCodes:
 def decode_rows(
     schema: Schema,
     codes_BC: NDArray[np.int64],
-    bins: int,
+    bins: Bins,
     rng: np.random.Generator,
     positions_CBP: NDArray[np.float64] | None = None,
     gap_hours: tuple[float, float] = GAP_HOURS,
+    histograms: Sequence[Histogram | None] | None = None,
 ) -> PatientBatch:
     """Patients whose table, presence and factors are those of the codes; images zero, series not observed.
 
-    A numeric value is uniform inside its bin, or follows :func:`public_positions`. Factor levels that an instance fixes,
+    A numeric value is uniform inside its bin, or follows :func:`public_positions` or a histogram. Factor levels that an instance fixes,
     that a column carries and that the presence column names are set where the instance is present. Only the first visit
     is filled. ``encode_rows`` gives the codes back.
 
@@ -160,15 +187,16 @@ def decode_rows(
         schema: the study's schema.
         codes_BC: codes as of :func:`encode_rows`; a row of -1 becomes a null patient, a -1 in a presence column alone
             a record whose level is unknown.
-        bins: the number of bins that the codes were made with.
+        bins: those that the codes were made with.
         rng: source of the values inside bins and of the gaps.
         positions_CBP: where values lie inside bins, public.
         gap_hours: public range of the hours between a present reference and its instance.
+        histograms: of table columns, where there are any; they go before ``positions_CBP``.
 
     Raises:
         ValueError: a code that the vocabulary does not have.
     """
-    columns = variables(schema, bins)
+    columns, edges = variables(schema, bins), edges_of(schema, bins)
     codes_BC = np.asarray(codes_BC, dtype=np.int64)
     if codes_BC.ndim != 2 or codes_BC.shape[1] != len(columns):
         raise ValueError(
@@ -193,8 +221,13 @@ def decode_rows(
             code_B = np.clip(codes_BC[:, c], 0, levels - 1)
             value_B = code_B.astype(np.float64)
             if source.kind == "numeric":
-                within_B = _within(code_B, rng, None if positions_CBP is None else positions_CBP[c])
-                value_B = (code_B + within_B) / levels * 2.0 - 1.0
+                low_B, high_B = edges[c][code_B], edges[c][code_B + 1]
+                known = None if histograms is None else histograms[c]
+                if known is not None:
+                    within_B = (known.draw(low_B, high_B, rng) - low_B) / (high_B - low_B)
+                else:
+                    within_B = _within(code_B, rng, None if positions_CBP is None else positions_CBP[c])
+                value_B = low_B + np.clip(within_B, INSIDE, 1.0 - INSIDE) * (high_B - low_B)
             known_B = ~null_B & (codes_BC[:, c] < levels)
             batch.values[key][:, 0, c] = torch.from_numpy(np.where(known_B, value_B, np.nan).astype(np.float32))
             level_B[source.name] = np.where(known_B, codes_BC[:, c], -1)
@@ -238,7 +271,7 @@ def _within(
         edge_BP = np.cumsum(shares_BP, axis=1)[code_B]
         part_B = np.minimum((rng.random(len(code_B))[:, None] > edge_BP).sum(axis=1), parts - 1)
         within_B = (part_B + within_B) / parts
-    return np.clip(within_B, INSIDE, 1.0 - INSIDE)
+    return within_B
 
 
 def _set_factors(

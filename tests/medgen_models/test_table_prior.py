@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medgen_models.schema import Column, Factor, Instance, PatientBatch, Schema, Slot
+from medgen_models.table_bins import project_to_simplex
+from medgen_models.table_margins import shrink_singular_values
 from medgen_models.table_prior import (
     TreeModel,
     choose_pairs,
@@ -19,9 +21,7 @@ from medgen_models.table_prior import (
     encode_rows,
     fit,
     mutual_information,
-    project_to_simplex,
     public_positions,
-    shrink_singular_values,
     variables,
 )
 
