@@ -179,7 +179,7 @@ def make_units(tokens: TokenBatch, layout: Layout, config: FlowConfig, generator
     return tokens.as_dict() | draw(layout, tokens.present_BVI, tokens.visit_BV, config, generator)
 
 
-def objective_of(layout: Layout, config: FlowConfig, readouts: Mapping[str, Readout] | None = None) -> Objective:
+def objective_of(layout: Layout, config: FlowConfig, readouts: tuple[Readout, ...] = ()) -> Objective:
     """What the losses of ``config`` read beside the tokens."""
     return Objective(
         layout=layout,
@@ -189,7 +189,7 @@ def objective_of(layout: Layout, config: FlowConfig, readouts: Mapping[str, Read
         hinge=config.hinge,
         label=config.label,
         biomarker=config.biomarker,
-        readouts=readouts or {},
+        readouts=readouts,
     )
 
 
@@ -208,7 +208,8 @@ def patient_losses(core: CoreFn, units: dict[str, Tensor], objective: Objective,
     t, state, noise = units["t"], units["state"], units["noise"]
     b, k, v, _ = t.shape
     z = units["z"][:, None].expand(noise.shape)
-    factor = units["factor"][:, None] * units["keep"][..., None, :].long()
+    factor_BKVIF = units["factor"][:, None].expand(b, k, *units["factor"].shape[1:])
+    factor = factor_BKVIF * units["keep"][..., None, :].long()
     gap = units["gap"][:, None].expand(t.shape)
     weight = units["weight"][:, None].expand(z.shape)
     t_N1 = (t @ objective.onehot_NI.mT)[..., None]
@@ -229,7 +230,9 @@ def patient_losses(core: CoreFn, units: dict[str, Tensor], objective: Objective,
     if objective.label:
         per_visit = per_visit + objective.label * label_loss(clean, z, weight, state, objective)
     if objective.biomarker and objective.readouts:
-        per_visit = per_visit + objective.biomarker * biomarker_loss(clean, z, scale_BKVI, target_BKVI, objective)
+        per_visit = per_visit + objective.biomarker * biomarker_loss(
+            clean, z, scale_BKVI, target_BKVI, factor_BKVIF, objective
+        )
     if objective.hinge:
         moved = fold(perturbed(x_t, units["perturbation"], state, objective))
         pull = _hinge(core, moved, condition, tuple(map(fold, (clean, z, weight, t, state))), objective, together)
@@ -264,7 +267,7 @@ def patient_loss(core: CoreFn, unit: dict[str, Tensor], objective: Objective) ->
     return patient_losses(core, {name: value[None] for name, value in unit.items()}, objective)[0]
 
 
-def make_unit_loss(core: TokenCore, config: FlowConfig, readouts: Mapping[str, Readout] | None = None) -> UnitLoss:
+def make_unit_loss(core: TokenCore, config: FlowConfig, readouts: tuple[Readout, ...] = ()) -> UnitLoss:
     """``loss(params, unit)`` for a gradient engine; parameters not in ``params`` stay at the module's values."""
     objective = objective_of(core.layout, config, readouts)
 

@@ -46,6 +46,8 @@ _LOSS_DRAWS = 8
 _READOUT = ("weight_RD", "offset_R", "explained_R")
 _EXPLAINED = 0.5
 """Share of a biomarker's public variance that its read-out must explain to enter the objective."""
+_FEWEST = 60
+"""Public patients that a read-out is fitted on, at least."""
 _MEASURED = 128
 """Public patients on whom gradient norms are measured."""
 
@@ -95,7 +97,7 @@ class PublicModel:
         loss_quantiles: 33 even quantiles of the public patients' fixed-draw losses.
         gap_quantiles: instance key -> 33 even quantiles of the public time gaps in hours, for references.
         card: what was trained, on what, how.
-        readouts: instance key -> biomarkers of the objective.
+        readouts: biomarkers of the objective.
     """
 
     bank: CodecBank
@@ -106,7 +108,7 @@ class PublicModel:
     loss_quantiles: tuple[float, ...]
     gap_quantiles: Mapping[str, tuple[float, ...]]
     card: Mapping[str, Any]
-    readouts: Mapping[str, Readout] = dataclasses.field(default_factory=dict)
+    readouts: tuple[Readout, ...] = ()
 
     @property
     def schema(self) -> Schema:
@@ -138,9 +140,9 @@ class PublicModel:
         """(weights, card): safetensors and canonical JSON; the card names the digest of the weights."""
         weights = {f"core/{name}": value.detach().contiguous() for name, value in self.core.named_parameters()}
         weights |= {f"bank/{name}": value for name, value in self.bank.tensors().items()}
-        for key, readout in self.readouts.items():
+        for number, readout in enumerate(self.readouts):
             for name in _READOUT:
-                weights[f"readout/{key}/{name}"] = getattr(readout, name).contiguous()
+                weights[f"readout/{number}/{name}"] = getattr(readout, name).contiguous()
         body = bytes(save_tensors(weights))
         card = {
             "format": 1,
@@ -153,7 +155,9 @@ class PublicModel:
             "loss_quantiles": list(self.loss_quantiles),
             "gap_quantiles": {key: list(value) for key, value in self.gap_quantiles.items()},
             "weights_sha256": hashlib.sha256(body).hexdigest(),
-            "biomarkers": {key: list(readout.names) for key, readout in self.readouts.items()},
+            "readouts": [
+                {"key": r.key, "names": list(r.names), "factor": r.factor, "level": r.level} for r in self.readouts
+            ],
             "card": dict(self.card),
         }
         return body, json.dumps(card, sort_keys=True, separators=(",", ":")).encode()
@@ -189,10 +193,16 @@ class PublicModel:
             core = TokenCore(bank.layout, CoreConfig(**facts["core"]), torch.Generator().manual_seed(0))
             core.load_state_dict(_under(tensors, "core/"))
             flow = FlowConfig(**(facts["flow"] | {"shares": Shares(**facts["flow"]["shares"])}))
-            readouts = {
-                key: Readout(tuple(names), *(tensors[f"readout/{key}/{name}"] for name in _READOUT))
-                for key, names in facts["biomarkers"].items()
-            }
+            readouts = tuple(
+                Readout(
+                    key=known["key"],
+                    names=tuple(known["names"]),
+                    factor=known["factor"],
+                    level=known["level"],
+                    **{name: tensors[f"readout/{number}/{name}"] for name in _READOUT},
+                )
+                for number, known in enumerate(facts["readouts"])
+            )
         except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
             raise ValueError(f"the model files do not fit each other ({error}); fetch or train them again") from error
         return PublicModel(
@@ -272,9 +282,14 @@ def pretrain(
         "pretrain": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("core", "flow")},
         "parameters": sum(p.numel() for p in core.parameters()),
         "tokens": bank.layout.tokens,
-        "biomarkers": {
-            key: dict(zip(found.names, map(float, found.explained_R), strict=True)) for key, found in readouts.items()
-        },
+        "biomarkers": [
+            {
+                "instance": r.key,
+                "of": f"{r.factor} {r.level}" if r.factor else "all",
+                "explained": dict(zip(r.names, map(float, r.explained_R), strict=True)),
+            }
+            for r in readouts
+        ],
     }
     return PublicModel(
         bank=bank,
@@ -289,26 +304,42 @@ def pretrain(
     )
 
 
-def fit_readouts(layout: Layout, tokens: TokenBatch, biomarkers: Biomarkers) -> dict[str, Readout]:
+def fit_readouts(layout: Layout, tokens: TokenBatch, biomarkers: Biomarkers) -> tuple[Readout, ...]:
     """Read-outs of the biomarkers that the tokens of an instance tell (see :data:`_EXPLAINED`).
+
+    Where an instance's records differ in a factor that no column carries (a sequence), each level has its own read-out,
+    given enough patients; a volume looks different in every contrast.
 
     Raises:
         ValueError: an instance that the study does not have, or too few patients with a biomarker.
     """
-    out = {}
+    out = []
     for key, values in biomarkers.items():
         i = layout.place(key)
+        slot, instance = layout.pairs()[i]
+        free = [f for f in slot.factors if not f.column and f.name not in instance.fixed]
         here_B = tokens.present_BVI[:, 0, i]
-        z_BD = tokens.z_BVNW[here_B, 0, layout.span(i), : layout.width_I[i]].flatten(1)
-        known = {name: value_B[here_B] for name, value_B in values.items() if len(z_BD)}
-        if not known:
-            continue
-        found = fit_readout(tuple(known), z_BD, torch.stack(list(known.values()), dim=1))
-        keep = (found.explained_R >= _EXPLAINED).nonzero().flatten()
-        if len(keep):
-            names = tuple(found.names[int(r)] for r in keep)
-            out[key] = Readout(names, found.weight_RD[keep], found.offset_R[keep], found.explained_R[keep])
-    return out
+        levels_B = tokens.factor_BVIF[:, 0, i, layout.factors.index(free[0])] if free else torch.zeros(len(tokens))
+        for level in range(1, len(free[0].levels) + 1) if free else (0,):
+            own_B = here_B & (levels_B == level)
+            if int(own_B.sum()) < _FEWEST:
+                continue
+            z_BD = tokens.z_BVNW[own_B, 0, layout.span(i), : layout.width_I[i]].flatten(1)
+            found = fit_readout(key, tuple(values), z_BD, torch.stack([v[own_B] for v in values.values()], dim=1))
+            keep = (found.explained_R >= _EXPLAINED).nonzero().flatten()
+            if len(keep):
+                out.append(
+                    dataclasses.replace(
+                        found,
+                        names=tuple(found.names[int(r)] for r in keep),
+                        weight_RD=found.weight_RD[keep],
+                        offset_R=found.offset_R[keep],
+                        explained_R=found.explained_R[keep],
+                        factor=free[0].name if free else "",
+                        level=level,
+                    )
+                )
+    return tuple(out)
 
 
 def train_core(
@@ -318,7 +349,7 @@ def train_core(
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
     start: TokenCore | None = None,
-    readouts: Mapping[str, Readout] | None = None,
+    readouts: tuple[Readout, ...] = (),
 ) -> TokenCore:
     """Train a core on encoded public patients and return the running mean of its weights, frozen.
 
@@ -364,7 +395,7 @@ def clip_norms(
     tokens: TokenBatch,
     config: PretrainConfig,
     seed: int,
-    readouts: Mapping[str, Readout] | None = None,
+    readouts: tuple[Readout, ...] = (),
 ) -> dict[str, float]:
     """Median per-patient gradient norm on public patients by trained group; patients without a target are left out."""
     generator = torch.Generator().manual_seed(seed + 1)

@@ -9,7 +9,6 @@ Shape legend: B patients, K noise draws, V visits, I instances, N tokens, W toke
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -27,16 +26,29 @@ class Readout:
     """Linear read-outs of biomarkers from an instance's clean tokens, fitted on public patients.
 
     Attributes:
+        key: of the instance.
         names: of the biomarkers.
         weight_RD: on the instance's numbers, D = tokens times width; divided by the biomarker's public deviation.
         offset_R: value at zero tokens, in public deviations from the public mean.
         explained_R: share of the public variance that the read-out explains, on public patients left out of its fit.
+        factor, level: records that it holds for, 1-based level of a factor (a sequence shows a volume in its own contrast);
+            an empty factor stands for all.
     """
 
+    key: str
     names: tuple[str, ...]
     weight_RD: Tensor
     offset_R: Tensor
     explained_R: Tensor
+    factor: str = ""
+    level: int = 0
+
+    def applies(self, factor_BKVIF: Tensor, layout: Layout) -> Tensor:
+        """1 where a record is one that this holds for (B, K, V)."""
+        if not self.factor:
+            return torch.ones(factor_BKVIF.shape[:-2])
+        f = [factor.name for factor in layout.factors].index(self.factor)
+        return (factor_BKVIF[..., layout.place(self.key), f] == self.level).float()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Objective:
         onehot_NI, categories: of the layout.
         cap: largest weight of the clean-token error.
         hinge, label, biomarker: weights of the terms; 0 leaves one out, and its cost.
-        readouts: instance key -> biomarkers.
+        readouts: biomarkers.
     """
 
     layout: Layout
@@ -58,7 +70,7 @@ class Objective:
     hinge: float = 0.0
     label: float = 0.0
     biomarker: float = 0.0
-    readouts: Mapping[str, Readout] = dataclasses.field(default_factory=dict)
+    readouts: tuple[Readout, ...] = ()
 
 
 def squared_error(clean: Tensor, z: Tensor, weight: Tensor, categories: Categories) -> Tensor:
@@ -94,20 +106,23 @@ def label_loss(clean: Tensor, z: Tensor, weight: Tensor, state: Tensor, objectiv
     return loss / recorded_BKVN.sum(-1).clamp_min(1e-6)
 
 
-def biomarker_loss(clean: Tensor, z: Tensor, scale: Tensor, target: Tensor, objective: Objective) -> Tensor:
+def biomarker_loss(
+    clean: Tensor, z: Tensor, scale: Tensor, target: Tensor, factor: Tensor, objective: Objective
+) -> Tensor:
     """Squared error of each biomarker read from predicted and from true tokens (B, K, V), in public deviations.
 
-    A mean over the biomarkers of an instance, weighted by its time as its tokens are, and over the patient's own target
-    instances that have any.
+    A mean over the biomarkers of a read-out, weighted by its instance's time as the tokens are, and over the read-outs that
+    the patient's own target instances have.
     """
     layout = objective.layout
     total, count = torch.zeros_like(scale[..., 0]), torch.zeros_like(scale[..., 0])
-    for key, readout in objective.readouts.items():
-        i = layout.place(key)
+    for readout in objective.readouts:
+        i = layout.place(readout.key)
         wrong = (clean - z)[..., layout.span(i), : layout.width_I[i]].flatten(-2)
         error = (wrong @ readout.weight_RD.mT).square().mean(-1)
-        total = total + error * scale[..., i] * target[..., i]
-        count = count + target[..., i]
+        here = target[..., i] * readout.applies(factor, layout)
+        total = total + error * scale[..., i] * here
+        count = count + here
     return total / count.clamp_min(1.0)
 
 
@@ -148,7 +163,7 @@ def hinge_loss(
     return (per_instance * t * target_I).sum(-1) / target_I.sum(-1).clamp_min(1.0)
 
 
-def fit_readout(names: tuple[str, ...], tokens_BD: Tensor, values_BR: Tensor, ridge: float = 10.0) -> Readout:
+def fit_readout(key: str, names: tuple[str, ...], tokens_BD: Tensor, values_BR: Tensor, ridge: float = 10.0) -> Readout:
     """Ridge regression of public biomarkers (NaN where not measured) on an instance's tokens.
 
     ``explained_R`` is measured by fitting on every other patient and predicting the rest.
@@ -170,7 +185,7 @@ def fit_readout(names: tuple[str, ...], tokens_BD: Tensor, values_BR: Tensor, ri
         weight_D, offset = _ridge(x, y, ridge)
         weights.append(weight_D)
         offsets.append(offset)
-    return Readout(names, torch.stack(weights).float(), torch.stack(offsets).float(), torch.tensor(explained))
+    return Readout(key, names, torch.stack(weights).float(), torch.stack(offsets).float(), torch.tensor(explained))
 
 
 def _ridge(x_BD: Tensor, y_B: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -157,7 +157,9 @@ def test_a_readout_finds_a_linear_biomarker_and_the_loss_measures_it(models_layo
     tokens_BD, direction_D = torch.randn(400, size, generator=g), torch.randn(size, generator=g)
     value_B = 5.0 + 2.0 * tokens_BD @ direction_D
     value_B[0] = float("nan")
-    found = fit_readout(("size", "noise"), tokens_BD, torch.stack([value_B, torch.randn(400, generator=g)], 1), 1e-6)
+    found = fit_readout(
+        "film.now", ("size", "noise"), tokens_BD, torch.stack([value_B, torch.randn(400, generator=g)], 1), 1e-6
+    )
     assert float(found.explained_R[0]) > 0.999
     assert float(found.explained_R[1]) < 0.2
     only = dataclasses.replace(
@@ -167,22 +169,26 @@ def test_a_readout_finds_a_linear_biomarker_and_the_loss_measures_it(models_layo
         offset_R=found.offset_R[:1],
         explained_R=found.explained_R[:1],
     )
-    objective = dataclasses.replace(objective_of(models_layout, FlowConfig()), readouts={"film.now": only})
+    objective = dataclasses.replace(objective_of(models_layout, FlowConfig()), readouts=(only,))
     z = torch.zeros(1, 1, 1, models_layout.tokens, models_layout.width)
     clean, target = z.clone(), torch.zeros(1, 1, 1, models_layout.instances)
     clean[..., models_layout.span(i), : models_layout.width_I[i]] = direction_D.reshape(
         1, 1, 1, -1, models_layout.width_I[i]
     )
     target[..., i] = 1.0
-    error = float(biomarker_loss(clean, z, torch.ones_like(target), target, objective))
+    factor = torch.ones(1, 1, 1, models_layout.instances, len(models_layout.factors), dtype=torch.int64)
+    error = float(biomarker_loss(clean, z, torch.ones_like(target), target, factor, objective))
     spread = float(value_B[1:].std())
     assert error == pytest.approx((2.0 * float(direction_D.square().sum()) / spread) ** 2, rel=1e-3)
-    assert float(biomarker_loss(clean, z, torch.ones_like(target), 0.0 * target, objective)) == 0.0
+    assert float(biomarker_loss(clean, z, torch.ones_like(target), 0.0 * target, factor, objective)) == 0.0
+    other = dataclasses.replace(objective, readouts=(dataclasses.replace(only, factor="kind", level=2),))
+    assert float(biomarker_loss(clean, z, torch.ones_like(target), target, factor, other)) == 0.0
+    assert float(biomarker_loss(clean, z, torch.ones_like(target), target, 2 * factor, other)) == pytest.approx(error)
 
 
 def test_a_readout_refuses_a_handful() -> None:
     with pytest.raises(ValueError, match="expected 8 public patients"):
-        fit_readout(("x",), torch.zeros(5, 2), torch.zeros(5, 1))
+        fit_readout("film.now", ("x",), torch.zeros(5, 2), torch.zeros(5, 1))
 
 
 def test_the_second_pass_for_some_equals_the_pass_for_all(
@@ -201,7 +207,7 @@ def test_every_term_is_one_patients_own(models_layout: Layout, models_core: Toke
     i = models_layout.place("scan.a")
     here = tokens.present_BVI[:, 0, i]
     z_BD = tokens.z_BVNW[here, 0, models_layout.span(i), : models_layout.width_I[i]].flatten(1)
-    readouts = {"scan.a": fit_readout(("first",), z_BD, z_BD[:, :1])}
+    readouts = (fit_readout("scan.a", ("first",), z_BD, z_BD[:, :1]),)
     units = make_units(tokens.select(list(range(4))), models_layout, ALL, torch.Generator().manual_seed(5))
     params = {name: value.detach() for name, value in models_core.named_parameters()}
     loss = make_unit_loss(models_core, ALL, readouts)
