@@ -21,13 +21,15 @@ READS_A_RUN: Mapping[str, str] = {
 STANDS_ALONE: Mapping[str, str] = {
     "accounting": "epsilon of fifty random schedules against an independent composition; time of a query",
     "canaries": "how much of a promise 50,000 canaries an arm show: lower bounds on epsilon beside what was promised",
+    "core-speed": "the smoke core: private and public training, sampling, and their growth with patients and tokens",
     "dp-step": "time and memory of a private step over a plain one, beside Opacus; scaling curves beside --json",
     "frontier": "utility against epsilon, and one factor at a time around epsilon 8; goes on beside --json after an interruption",
     "shared-noise": "noise that sites share against full noise at each site: error, price, time (a prototype)",
+    "tasks": "every task of one core beside the systems that do one each; --rows for some; goes on beside --json",
 }
 
 
-def run_benchmark(name: str, run: Path | None, json: Path | None) -> int:
+def run_benchmark(name: str, run: Path | None, json: Path | None, rows: str = "", data: Path | None = None) -> int:
     """Run one benchmark, print it, write its JSON; 1 if it could not run, 2 if a bar does not hold."""
     console = Console(soft_wrap=True)
     if name == "list":
@@ -35,7 +37,7 @@ def run_benchmark(name: str, run: Path | None, json: Path | None) -> int:
             console.print(f"  {known:<14} {about}")
         return 0
     try:
-        result = _measure(name, run, json)
+        result = _measure(name, run, json, rows, data)
     except (ValueError, OSError) as error:
         console.print(f"[bold red]refused[/] {error}")
         return 1
@@ -46,7 +48,9 @@ def run_benchmark(name: str, run: Path | None, json: Path | None) -> int:
     return 2 if any(row.holds is False for row in result.rows) else 0
 
 
-def _measure(name: str, run: Path | None, json: Path | None) -> BenchResult:
+def _measure(name: str, run: Path | None, json: Path | None, rows: str, data: Path | None) -> BenchResult:
+    if rows and name != "tasks":
+        raise ValueError(f"benchmark {name} has no rows to choose from: leave --rows out")
     if name in READS_A_RUN:
         if run is None:
             raise ValueError(f"benchmark {name} reads a finished run: give --run FOLDER")
@@ -54,7 +58,7 @@ def _measure(name: str, run: Path | None, json: Path | None) -> BenchResult:
     if name in STANDS_ALONE:
         if run is not None:
             raise ValueError(f"benchmark {name} stands alone and reads no run: leave --run out")
-        return _stand_alone(name, json)
+        return _stand_alone(name, json, rows, data)
     raise ValueError(f"no benchmark {name!r}; known are {', '.join(sorted({**READS_A_RUN, **STANDS_ALONE}))}")
 
 
@@ -79,10 +83,11 @@ def _read(name: str, run: Path) -> BenchResult:
             raise ValueError(f"benchmark {name!r} is listed and has no case here")
 
 
-def _stand_alone(name: str, json: Path | None) -> BenchResult:
-    """A benchmark that needs nothing but the code; each is imported only when it is asked for.
+def _stand_alone(name: str, json: Path | None, rows: str, data: Path | None) -> BenchResult:
+    """A benchmark that needs no run; each is imported only when it is asked for.
 
-    ``json`` is where the result will be written: a long benchmark keeps what it needs to go on beside it.
+    ``json`` is where the result will be written: a long benchmark keeps what it needs to go on beside it. ``rows`` and
+    ``data`` are for the one that has rows, some of them on real data.
     """
     match name:
         case "accounting":
@@ -93,6 +98,10 @@ def _stand_alone(name: str, json: Path | None) -> BenchResult:
             from simulations.benchmarks import canaries
 
             return canaries.run()
+        case "core-speed":
+            from simulations.benchmarks import core_speed
+
+            return core_speed.run(json.with_suffix(".png") if json is not None else None)
         case "dp-step":
             from simulations.benchmarks import dp_step
 
@@ -105,5 +114,10 @@ def _stand_alone(name: str, json: Path | None) -> BenchResult:
             from simulations.benchmarks import shared_noise
 
             return shared_noise.run()
+        case "tasks":
+            from simulations.benchmarks import tasks
+
+            chosen = [part.strip() for part in rows.split(",")] if rows else list(tasks.PARTS)
+            return tasks.run(json, tasks.known_parts(chosen), data if data is not None and data.is_dir() else None)
         case _:
             raise ValueError(f"benchmark {name!r} is listed and has no case here")
