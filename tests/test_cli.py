@@ -17,7 +17,7 @@ from medgen import app
 # command -> its parameters; a change here is a change of the public surface and belongs into CHANGELOG.md
 SURFACE: dict[str, tuple[str, ...]] = {
     "simulate": ("scenario", "--backend", "--resume", "--keep-hospitals", "--hospitals", "--runs", "--set"),
-    "bench": ("name", "--run", "--json"),
+    "bench": ("name", "--run", "--json", "--rows", "--data"),
     "site check": ("folder", "--schema"),
     "site withdraw": ("folder", "patient", "--list"),
     "site ledger show": ("folder",),
