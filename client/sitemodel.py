@@ -6,7 +6,7 @@ from pathlib import Path
 
 from client.parts import PartStore
 from medgen_models.assembly import StudyModel, assemble
-from medgen_models.pretrain import CARD_FILE, PublicModel
+from medgen_models.public_model import CARD_FILE, PublicModel
 from medgen_models.schema import Schema
 from privacy.boundary.messages import RoundTask
 from privacy.boundary.plan import StudyPlan

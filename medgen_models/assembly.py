@@ -21,7 +21,7 @@ from medgen_models.adapters import Trained, add_lora, trainable, with_weights
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import TokenCore
 from medgen_models.layout import Layout
-from medgen_models.pretrain import PublicModel
+from medgen_models.public_model import PublicModel
 from medgen_models.schema import Schema
 from medgen_models.tokens import TokenBatch
 

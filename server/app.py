@@ -32,7 +32,7 @@ def main(grid: Grid, context: Context) -> None:
 def run_study(grid: Grid, context: Context) -> str:
     """All stages from roll call to report; each continues after its last finished round. Returns the verdict."""
     from medgen_models.assembly import StudyModel, assemble
-    from medgen_models.pretrain import PublicModel
+    from medgen_models.public_model import PublicModel
     from medgen_models.table_prior import variables
     from server import auditing, description, publishing, stages
     from server.events import EventLog

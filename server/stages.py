@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from medgen_models.adapters import group_of
 from medgen_models.assembly import StudyModel, to_arrays
 from medgen_models.codecs.bank import PRESENCE, CodecBank
-from medgen_models.pretrain import PublicModel
 from medgen_models.prototypes import factor_of
+from medgen_models.public_model import PublicModel
 from server.aggregation import Ask, GroupSum, RoundSums, StudyError
 from server.planning import CODEC, CORE, MARGINALS, PROTOTYPES, RECENTRE
 from server.session import Session

@@ -22,8 +22,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from medgen_models.codecs.bank import CodecBank
-from medgen_models.pretrain import PretrainConfig, PublicModel, train_core
+from medgen_models.pretrain import PretrainConfig, train_core
 from medgen_models.prototypes import level_means, move_levels, slot_vectors
+from medgen_models.public_model import PublicModel
 from medgen_models.tokens import TokenBatch
 from privacy.marginals import clip_rows
 from privacy.statistics import prototype_means

@@ -13,8 +13,9 @@ from safetensors.numpy import save
 
 from client import enrolment, policy
 from medgen_models.batches import batch_to_bytes
-from medgen_models.pretrain import CARD_FILE, WEIGHTS_FILE, PretrainConfig, PublicModel, pretrain
+from medgen_models.pretrain import PretrainConfig, pretrain
 from medgen_models.prototypes import levels_of
+from medgen_models.public_model import CARD_FILE, WEIGHTS_FILE, PublicModel
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.table_prior import choose_pairs, default_queries, encode_rows, public_positions
 from privacy.boundary.plan import Part

@@ -217,7 +217,7 @@ class Study:
     def train(self) -> Mapping[str, Any]:
         """The private stages only, by the coordinator's own functions; returns the final state."""
         from medgen_models.assembly import assemble
-        from medgen_models.pretrain import PublicModel
+        from medgen_models.public_model import PublicModel
         from medgen_models.table_prior import variables
         from server import stages
         from server.session import gather
@@ -306,7 +306,7 @@ def study_plan(study_base: Study) -> Callable[..., Study]:
 
     def make(root: Path, *overrides: str, edit: Callable[[Study], None] | None = None) -> Study:
         from medgen_models.batches import batch_from_bytes
-        from medgen_models.pretrain import PublicModel
+        from medgen_models.public_model import PublicModel
         from server.checkpoints import write_atomically
         from server.events import EventLog
         from simulations import preparation

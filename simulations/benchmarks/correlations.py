@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from medgen_models.assembly import StudyModel, assemble
 from medgen_models.batches import batch_from_bytes
 from medgen_models.metrics.coherence import compare_correlations, correlations
-from medgen_models.pretrain import PublicModel
+from medgen_models.public_model import PublicModel
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.table_prior import count_tables, fit, variables
 from privacy.boundary.plan import StudyPlan

@@ -26,8 +26,8 @@ from medgen_models.assembly import StudyModel, assemble, to_arrays
 from medgen_models.flow import draw, fixed_losses, make_unit_loss
 from medgen_models.metrics.coherence import compare_correlations
 from medgen_models.metrics.image import frechet_distance
-from medgen_models.pretrain import PublicModel
 from medgen_models.prototypes import factor_of, slot_vectors
+from medgen_models.public_model import PublicModel
 from medgen_models.schema import IMAGE_KINDS
 from medgen_models.table_prior import count_tables, fit
 from medgen_models.tokens import TokenBatch

@@ -33,8 +33,9 @@ from torch import Tensor
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig
 from medgen_models.metrics.coherence import correlations
-from medgen_models.pretrain import PretrainConfig, PublicModel, pretrain
+from medgen_models.pretrain import PretrainConfig, pretrain
 from medgen_models.prototypes import levels_of
+from medgen_models.public_model import PublicModel
 from medgen_models.schema import IMAGE_KINDS, PatientBatch, Schema
 from medgen_models.table_prior import choose_pairs, default_queries, encode_rows, public_positions
 from medgen_models.tokens import TokenBatch

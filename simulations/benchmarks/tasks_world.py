@@ -27,7 +27,8 @@ from safetensors.numpy import save as save_arrays
 from medgen_models.assembly import StudyModel, assemble
 from medgen_models.core import CoreConfig
 from medgen_models.flow import FlowConfig
-from medgen_models.pretrain import PretrainConfig, PublicModel, pretrain
+from medgen_models.pretrain import PretrainConfig, pretrain
+from medgen_models.public_model import PublicModel
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.table_prior import choose_pairs, count_tables, default_queries, encode_rows, fit, public_positions
 from medgen_models.tokens import TokenBatch

@@ -16,7 +16,7 @@ from client import rounds
 from client.policy import SiteConfig
 from client.records.load import Records, load
 from client.records.problems import NoAccess, NoPatients
-from medgen_models.pretrain import PublicModel
+from medgen_models.public_model import PublicModel
 from medgen_models.schema import PatientBatch, Schema
 from privacy.boundary.messages import MaskedAnswer
 from privacy.boundary.refusals import Refused

@@ -7,7 +7,8 @@ import torch
 from medgen_models.assembly import assemble, to_arrays
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig
-from medgen_models.pretrain import PretrainConfig, PublicModel, pretrain
+from medgen_models.pretrain import PretrainConfig, pretrain
+from medgen_models.public_model import PublicModel
 from simulations.public_populations import icu_population
 from simulations.real_schemas import icu_schema
 

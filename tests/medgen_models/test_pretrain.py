@@ -11,7 +11,8 @@ from medgen_models.adapters import add_lora, trainable, with_weights
 from medgen_models.assembly import StudyModel
 from medgen_models.core import CoreConfig
 from medgen_models.export import load_release_model, save_release_model
-from medgen_models.pretrain import CARD_FILE, WEIGHTS_FILE, PretrainConfig, PublicModel, pretrain
+from medgen_models.pretrain import PretrainConfig, pretrain
+from medgen_models.public_model import CARD_FILE, WEIGHTS_FILE, PublicModel
 from medgen_models.schema import PatientBatch, Schema
 
 CONFIG = PretrainConfig(steps=40, batch=16, vae_steps=5, warmup=5, core=CoreConfig(width=16, layers=1, heads=2))

@@ -13,7 +13,7 @@ import pytest
 
 from client import rounds
 from client.policy import SiteConfig
-from medgen_models.pretrain import PublicModel
+from medgen_models.public_model import PublicModel
 from privacy.boundary.messages import MaskedAnswer, Refusal, RoundTask, UnmaskAnswer, UnmaskRequest
 from privacy.masking import quantise
 from server.aggregation import Aggregator, Ask, StudyError

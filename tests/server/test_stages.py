@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medgen_models.assembly import assemble
-from medgen_models.pretrain import PublicModel
+from medgen_models.public_model import PublicModel
 from medgen_models.table_prior import variables
 from server import stages
 from server.aggregation import GroupSum, StudyError

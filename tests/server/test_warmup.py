@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from medgen_models.pretrain import PublicModel
 from medgen_models.prototypes import level_means, slot_vectors
+from medgen_models.public_model import PublicModel
 from medgen_models.tokens import TokenBatch
 from privacy.marginals import clip_rows
 from privacy.noise import system_noise

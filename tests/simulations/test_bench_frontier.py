@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medgen_models.assembly import assemble
-from medgen_models.pretrain import PublicModel
+from medgen_models.public_model import PublicModel
 from privacy.noise import test_noise as known_noise
 from server.planning import CORE, MARGINALS, PROTOTYPES, RECENTRE
 from simulations.benchmarks import frontier, frontier_cell, frontier_world

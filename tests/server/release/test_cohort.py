@@ -13,7 +13,7 @@ from medgen_models.assembly import StudyModel
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig, TokenCore
 from medgen_models.flow import FlowConfig
-from medgen_models.pretrain import PublicModel
+from medgen_models.public_model import PublicModel
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.table_prior import count_tables, default_queries, encode_rows, fit
 from server.release.cohort import rows_from_public, rows_from_tree, sample_cohort
