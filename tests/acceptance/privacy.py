@@ -11,62 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from walk import ROOT, Shortfall, Skipped, sh, walk
-
-BIN = Path(sys.executable).parent
-Check = Callable[[Path], str]
-
-
-def suite(says: str, *places: str, marker: str = "") -> Check:
-    """A line that runs these test files, or the tests of them that ``::name`` names."""
-
-    def check(work: Path) -> str:
-        missing = [place for place in places if not (ROOT / place.split("::")[0]).exists()]
-        if missing:
-            raise Shortfall(f"no such tests: {', '.join(missing)}")
-        words = ["-m", marker] if marker else []
-        done = sh([str(BIN / "pytest"), "-q", *words, *places], ok=False)
-        last = done.stdout.strip().splitlines()[-1]
-        skipped = re.findall(r"SKIPPED .*", done.stdout)
-        if done.returncode != 0:
-            failed = re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, flags=re.MULTILINE)
-            raise Shortfall(f"{last}; {'; '.join(failed[:5])}")
-        return "; ".join([last, *skipped])
-
-    check.__doc__ = says
-    return check
-
-
-def bench(says: str, name: str) -> Check:
-    """A line that runs one benchmark and prints every bar with its figure."""
-
-    def check(work: Path) -> str:
-        file = work / f"{name}.json"
-        done = sh([str(BIN / "medgen"), "bench", name, "--json", str(file)], ok=False)
-        if not file.is_file():
-            raise Shortfall(f"no result: {(done.stdout + done.stderr)[-500:]}")
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-        barred = [row for row in rows if row["bar"] is not None]
-        said = [
-            f"{'holds ' if row['holds'] else 'MISSED'} {_figure(row)} (bar {row['bar']:g}): {row['measure']}"
-            for row in barred
-        ]
-        text = "\n   ".join([f"{len(rows)} figures, {len(barred)} with a bar", *said])
-        if not all(row["holds"] for row in barred):
-            raise Shortfall(text)
-        return text
-
-    check.__doc__ = says
-    return check
-
-
-def _figure(row: dict[str, object]) -> str:
-    return "undefined" if row["value"] is None else f"{row['value']:.4g}"
+from walk import BIN, Check, Shortfall, Skipped, bench, figure, sh, suite, walk
 
 
 def frontier(work: Path) -> str:
@@ -78,7 +26,7 @@ def frontier(work: Path) -> str:
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     undefined = [row["measure"] for row in rows if row["value"] is None]
     text = "\n   ".join(
-        [f"{len(rows)} figures", *(f"{_figure(row)} {row['interval'] or ''}: {row['measure']}" for row in rows)]
+        [f"{len(rows)} figures", *(f"{figure(row)} {row['interval'] or ''}: {row['measure']}" for row in rows)]
     )
     if undefined:
         raise Shortfall(f"{len(undefined)} figures are undefined\n   {text}")

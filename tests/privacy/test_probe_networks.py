@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from medgen_models.adapters import Trained, add_lora, trainable
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig, TokenCore
-from medgen_models.flow import FlowConfig, make_unit_loss, make_units
+from medgen_models.flow import FlowConfig, Shares, make_unit_loss, make_units
 from medgen_models.layout import Layout
 from medgen_models.schema import Column, Instance, PatientBatch, Schema, Slot
+from medgen_models.terms import Readout
 from medgen_models.tokens import TokenBatch
 from privacy.engines import UnitLoss
 from privacy.gradients import Speed, per_patient_gradients, raw_gradients
@@ -73,9 +75,16 @@ def made_up(layout: Layout, generator: torch.Generator) -> TokenBatch:
     )
 
 
-def token_core(which: Trained) -> Case:
-    layout = Layout.of(demo_schema())
-    core = TokenCore(layout, CoreConfig(width=16, layers=2, heads=2), torch.Generator().manual_seed(3))
+TERMS = FlowConfig(hinge=0.5, label=0.3, biomarker=0.2, shares=Shares(0.2, 0.0, 0.2, 0.6, 0.0))
+"""Every term of the objective, with many updates and withheld rows."""
+
+
+def token_core(which: Trained, fusion: Literal["attention", "mean"] = "attention", terms: bool = False) -> Case:
+    layout, flow = Layout.of(demo_schema()), TERMS if terms else FlowConfig()
+    core = TokenCore(layout, CoreConfig(width=16, layers=2, heads=2, fusion=fusion), torch.Generator().manual_seed(3))
+    numbers = layout.tokens_I[0] * layout.width_I[0]
+    weight_RD = torch.randn(2, numbers, generator=torch.Generator().manual_seed(4)) / numbers
+    readouts = (Readout("mri.a", ("first", "second"), weight_RD, torch.zeros(2), torch.ones(2)),) if terms else ()
     filled(core)
     if which == "lora":
         core = add_lora(core, 2, torch.Generator().manual_seed(6))
@@ -83,9 +92,9 @@ def token_core(which: Trained) -> Case:
 
     def units(draws: int) -> Units:
         generator = torch.Generator().manual_seed(draws)
-        return make_units(made_up(layout, generator), layout, FlowConfig(draws=draws), generator)
+        return make_units(made_up(layout, generator), layout, dataclasses.replace(flow, draws=draws), generator)
 
-    return Case(trainable(core, which), make_unit_loss(core, FlowConfig()), units, core)
+    return Case(trainable(core, which), make_unit_loss(core, flow, readouts), units, core)
 
 
 # --- autoencoders of the sites ----------------------------------------------------------------------------------------
@@ -208,6 +217,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "core-all": functools.partial(token_core, "all"),
     "core-attention": functools.partial(token_core, "attention"),
     "core-lora": functools.partial(token_core, "lora"),
+    "core-terms": functools.partial(token_core, "all", terms=True),
+    "core-mean": functools.partial(token_core, "all", fusion="mean"),
     "vae-volume": functools.partial(slot_vae, "volume"),
     "vae-image": functools.partial(slot_vae, "image"),
     "vae-table": functools.partial(slot_vae, "table"),
