@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 # Idle threads sleep instead of spinning: two shared cores are the machine this is built for.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint types unit accept-path accept-privacy clean install
+.PHONY: demo test lint types unit accept-path accept-privacy accept-models clean install
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,9 @@ accept-path: install
 
 accept-privacy: install
 	$(BIN)/python tests/acceptance/privacy.py $(if $(LINES),--lines $(LINES)) $(if $(WORK),--work $(WORK))
+
+accept-models: install
+	$(BIN)/python tests/acceptance/models.py $(if $(LINES),--lines $(LINES)) $(if $(WORK),--work $(WORK))
 
 clean:
 	rm -rf runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
