@@ -8,6 +8,7 @@ privacy room with its own optimizer.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,25 @@ class PublicOptimizer:
             for index, update in zip(members, updates.split([len(s) for s in stacks]), strict=True):  # type: ignore[no-untyped-call]
                 matrix = self.matrices[index]
                 matrix.mul_(1.0 - rate * _DECAY).sub_(rate * update.reshape(matrix.shape))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that later steps depend on, by name; empty moments before the first step."""
+        out = {f"momentum.{index}": value for index, value in enumerate(self.momenta)}
+        for index, p in enumerate(self.adam.param_groups[0]["params"]):
+            out |= {f"adam.{index}.{name}": value for name, value in self.adam.state[p].items()}
+        return out
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`tensors` of an optimizer over the same module.
+
+        Raises:
+            KeyError: a momentum is missing.
+        """
+        for index, momentum in enumerate(self.momenta):
+            momentum.copy_(tensors[f"momentum.{index}"])
+        for index, p in enumerate(self.adam.param_groups[0]["params"]):
+            own = {n.removeprefix(f"adam.{index}."): v for n, v in tensors.items() if n.startswith(f"adam.{index}.")}
+            self.adam.state[p] = {name: value.clone().to(p.device) for name, value in own.items()}
 
 
 def _part(weight: Tensor) -> tuple[int, int]:

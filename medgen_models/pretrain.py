@@ -12,19 +12,68 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig, TokenCore
+from medgen_models.devices import placed
 from medgen_models.flow import FlowConfig, fixed_losses, make_units, objective_of, patient_losses
 from medgen_models.layout import Layout
 from medgen_models.optimizer import PublicOptimizer
 from medgen_models.public_model import PublicModel
 from medgen_models.public_numbers import Biomarkers, clip_norms, fit_readouts, gap_quantiles
+from medgen_models.public_terms import PublicTerms, contrastive_loss, refined_bank
 from medgen_models.schema import IMAGE_KINDS, PatientBatch, Schema
 from medgen_models.terms import Readout
 from medgen_models.tokens import TokenBatch
 
+OnStep = Callable[[int, float], None]
 _LOSS_DRAWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Where the state of a training is kept, so that an interrupted one goes on.
+
+    Attributes:
+        file: safetensors; appears whole or not at all.
+        recipe: digest of everything that training depends on; a state of another recipe is refused.
+        every: steps between two states.
+    """
+
+    file: Path
+    recipe: str
+    every: int = 50
+
+    def read(self) -> dict[str, Tensor] | None:
+        """The kept tensors, or None where there are none yet.
+
+        Raises:
+            ValueError: the file is torn, or of another recipe.
+        """
+        if not self.file.is_file():
+            return None
+        try:
+            with safe_open(self.file, "pt") as body:
+                recipe = (body.metadata() or {}).get("recipe")
+                tensors = {name: body.get_tensor(name) for name in body.keys()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.file.name}: the kept training state is torn ({error}); remove it") from error
+        if recipe != self.recipe:
+            raise ValueError(
+                f"{self.file.name}: the kept training state is of other data, settings or versions; "
+                "give those again, or remove it to start afresh"
+            )
+        return tensors
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep ``tensors`` in place of what was kept before."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_name(f"{self.file.name}.part")
+        part.write_bytes(save_tensors(dict(tensors), metadata={"recipe": self.recipe}))
+        part.replace(self.file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +91,7 @@ class PretrainConfig:
         hinge: weight of the hinge here, in public training; private steps take ``flow.hinge``, whose second pass they may
             not want to pay.
         core, flow: model and objective.
+        terms: what public training alone may use; off unless asked for.
     """
 
     steps: int = 1000
@@ -56,6 +106,7 @@ class PretrainConfig:
     hinge: float = 0.3
     core: CoreConfig = dataclasses.field(default_factory=CoreConfig)
     flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
+    terms: PublicTerms = dataclasses.field(default_factory=PublicTerms)
 
 
 def pretrain(
@@ -63,9 +114,11 @@ def pretrain(
     public: PatientBatch,
     config: PretrainConfig,
     seed: int,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
     weights: Mapping[str, Path] | None = None,
     biomarkers: Biomarkers | None = None,
+    device: torch.device | None = None,
+    keep: Keep | None = None,
 ) -> PublicModel:
     """Fit codecs and core on public patients.
 
@@ -77,16 +130,25 @@ def pretrain(
         on_step: called after each step with its number (from 1) and loss.
         weights: folders with the weights of ``aekl`` codecs, by slot.
         biomarkers: what was measured in the public patients' images; those that tokens tell enter the objective.
+        device: where the core computes.
+        keep: where the core's training is kept and gone on from; codecs are fitted again, to the same values.
 
     Raises:
-        ValueError: no public patients, or a codec that cannot be fitted on them.
+        ValueError: no public patients, a codec that cannot be fitted on them, or a kept state of another training.
     """
     if len(public) == 0:
         raise ValueError("pre-training: there are no public patients; give a public population")
     bank = CodecBank.fit_public(schema, public, seed, config.vae_steps, weights)
+    if config.terms.adversarial or config.terms.perceptual:
+        bank = refined_bank(bank, public, config.terms, seed)
     tokens = bank.encode(public)
+    if not bool((tokens.weight_BVNW > 0).any()):
+        raise ValueError(
+            f"pre-training: none of {len(public)} public patients has a record that can be generated; give a public "
+            "population with images, a table or series"
+        )
     readouts = fit_readouts(bank.layout, tokens, biomarkers or {})
-    core = train_core(bank.layout, tokens, config, seed, on_step, readouts=readouts)
+    core = train_core(bank.layout, tokens, config, seed, on_step, readouts=readouts, device=device, keep=keep)
     flow = config.flow
     quantiles = torch.quantile(fixed_losses(core, tokens, flow, _LOSS_DRAWS, seed), torch.linspace(0, 1, 33))
     image_slots = tuple(slot.name for slot in schema.slots if slot.kind in IMAGE_KINDS)
@@ -119,44 +181,125 @@ def pretrain(
     )
 
 
+class CoreTrainer:
+    """Training of a core on encoded public patients, step by step; its state can be kept and gone on with.
+
+    Args:
+        layout, tokens: the study's layout and the encoded patients.
+        config: sizes and schedule.
+        seed: of initial weights, batches and noise.
+        start: core of ``config.core`` to go on from, left as it is; without one the core starts at random.
+        readouts: biomarkers of the objective.
+        device: where the core computes; on a GPU in bfloat16.
+
+    Attributes:
+        done: steps taken.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        tokens: TokenBatch,
+        config: PretrainConfig,
+        seed: int,
+        start: TokenCore | None = None,
+        readouts: tuple[Readout, ...] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self._tokens, self._config = tokens, config
+        self._generator = torch.Generator().manual_seed(seed)
+        self._core = TokenCore(layout, config.core, self._generator)
+        if start is not None:
+            self._core.load_state_dict({name: value.detach() for name, value in start.named_parameters()})
+        where = device or torch.device("cpu")
+        self._core.to(where)
+        self._call = self._core if where.type == "cpu" else placed(self._core, bf16=True)
+        self._params = list(self._core.parameters())
+        self._mean = [p.detach().clone() for p in self._params]
+        self._optimizer = PublicOptimizer(self._core, config.matrix_rate, config.learning_rate, config.weight_decay)
+        self._flow = dataclasses.replace(config.flow, hinge=config.hinge)
+        self._objective = objective_of(layout, self._flow, readouts)
+        self.done = 0
+
+    def advance(self) -> float:
+        """Take one step and return its loss."""
+        config, step = self._config, self.done
+        rows = torch.randint(len(self._tokens), (config.batch,), generator=self._generator)
+        batch = self._tokens.select(rows)
+        units = make_units(batch, self._core.layout, self._flow, self._generator)
+        loss = patient_losses(self._call, units, self._objective, together=True).mean()
+        if config.terms.contrastive:
+            loss = loss + config.terms.contrastive * contrastive_loss(self._core, batch)
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step(_schedule(step, config))
+        # The running mean forgets its start faster while it is young, so that short runs keep no initial weights.
+        decay = min(config.average, (1.0 + step) / (10.0 + step))
+        torch._foreach_lerp_(self._mean, [p.detach() for p in self._params], 1.0 - decay)
+        self.done += 1
+        return float(loss.detach())
+
+    def result(self) -> TokenCore:
+        """A frozen core with the running mean of the weights, on the CPU."""
+        core = TokenCore(self._core.layout, self._config.core, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for parameter, value in zip(core.parameters(), self._mean, strict=True):
+                parameter.copy_(value)
+        return core.requires_grad_(False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that later steps depend on, by name."""
+        names = [name for name, _ in self._core.named_parameters()]
+        out = {f"core.{name}": p.detach() for name, p in zip(names, self._params, strict=True)}
+        out |= {f"mean.{name}": value for name, value in zip(names, self._mean, strict=True)}
+        out |= {f"optimizer.{name}": value for name, value in self._optimizer.tensors().items()}
+        out |= {"generator": self._generator.get_state(), "done": torch.tensor(self.done)}
+        return {name: value.cpu().contiguous() for name, value in out.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`tensors` of a trainer with the same arguments: what follows is as if it had never stopped.
+
+        Raises:
+            ValueError: a tensor is missing or of another shape.
+        """
+        try:
+            with torch.no_grad():
+                for (name, p), mean in zip(self._core.named_parameters(), self._mean, strict=True):
+                    p.copy_(tensors[f"core.{name}"])
+                    mean.copy_(tensors[f"mean.{name}"])
+            prefix = "optimizer."
+            self._optimizer.restore({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+            self._generator.set_state(tensors["generator"])
+            self.done = int(tensors["done"])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"the kept training state is of another model ({error}); start afresh") from error
+
+
 def train_core(
     layout: Layout,
     tokens: TokenBatch,
     config: PretrainConfig,
     seed: int,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: OnStep | None = None,
     start: TokenCore | None = None,
     readouts: tuple[Readout, ...] = (),
+    device: torch.device | None = None,
+    keep: Keep | None = None,
 ) -> TokenCore:
     """Train a core on encoded public patients and return the running mean of its weights, frozen.
 
-    ``start`` is a core of ``config.core`` to go on from; it is left as it is. Without one the core starts at random.
+    Arguments are those of :class:`CoreTrainer`; ``keep`` says where its state is kept, and is gone on from.
     """
-    generator = torch.Generator().manual_seed(seed)
-    core = TokenCore(layout, config.core, generator)
-    if start is not None:
-        core.load_state_dict({name: value.detach() for name, value in start.named_parameters()})
-    params = list(core.parameters())
-    mean = [p.detach().clone() for p in params]
-    optimizer = PublicOptimizer(core, config.matrix_rate, config.learning_rate, config.weight_decay)
-    flow = dataclasses.replace(config.flow, hinge=config.hinge)
-    objective = objective_of(layout, flow, readouts)
-    for step in range(config.steps):
-        rows = torch.randint(len(tokens), (config.batch,), generator=generator)
-        units = make_units(tokens.select(rows), layout, flow, generator)
-        loss = patient_losses(core, units, objective, together=True).mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step(_schedule(step, config))
-        # The running mean forgets its start faster while it is young, so that short runs keep no initial weights.
-        decay = min(config.average, (1.0 + step) / (10.0 + step))
-        torch._foreach_lerp_(mean, [p.detach() for p in params], 1.0 - decay)
+    trainer = CoreTrainer(layout, tokens, config, seed, start, readouts, device)
+    if keep is not None and (known := keep.read()) is not None:
+        trainer.restore(known)
+    while trainer.done < config.steps:
+        loss = trainer.advance()
+        if keep is not None and (trainer.done % keep.every == 0 or trainer.done == config.steps):
+            keep.write(trainer.tensors())
         if on_step:
-            on_step(step + 1, float(loss.detach()))
-    with torch.no_grad():
-        for parameter, value in zip(params, mean, strict=True):
-            parameter.copy_(value)
-    return core.requires_grad_(False)
+            on_step(trainer.done, loss)
+    return trainer.result()
 
 
 def _schedule(step: int, config: PretrainConfig) -> float:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from medgen_models.core import TokenCore
+from medgen_models.core import CoreConfig, TokenCore
+from medgen_models.layout import Layout
 from medgen_models.optimizer import PublicOptimizer, orthogonalise
 
 
@@ -40,3 +41,28 @@ def test_share_zero_changes_nothing(models_core: TokenCore) -> None:
     torch.stack([p.square().sum() for p in models_core.parameters()]).sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step(0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, models_core.parameters(), strict=True))
+
+
+def test_an_optimizer_that_is_restored_goes_on_as_if_it_had_never_stopped(models_layout: Layout) -> None:
+    def fresh() -> tuple[TokenCore, PublicOptimizer]:
+        core = TokenCore(models_layout, CoreConfig(width=16, layers=1, heads=2), torch.Generator().manual_seed(0))
+        return core, PublicOptimizer(core, 1e-2, 1e-3, 1e-2)
+
+    def step(core: TokenCore, optimizer: PublicOptimizer, number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        for p in core.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step(1.0)
+
+    core, optimizer = fresh()
+    for number in range(4):
+        step(core, optimizer, number)
+    other, stopped = fresh()
+    for number in range(2):
+        step(other, stopped, number)
+    later, restored = fresh()
+    later.load_state_dict({name: p.detach() for name, p in other.named_parameters()})
+    restored.restore({name: value.clone() for name, value in stopped.tensors().items()})
+    for number in range(2, 4):
+        step(later, restored, number)
+    assert all(torch.equal(a, b) for a, b in zip(core.parameters(), later.parameters(), strict=True))

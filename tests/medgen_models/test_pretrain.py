@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 
 from medgen_models.adapters import add_lora, trainable, with_weights
 from medgen_models.assembly import StudyModel
-from medgen_models.core import CoreConfig
+from medgen_models.codecs.bank import CodecBank
+from medgen_models.core import CoreConfig, TokenCore
+from medgen_models.devices import placed
 from medgen_models.export import load_release_model, save_release_model
-from medgen_models.pretrain import PretrainConfig, pretrain
+from medgen_models.layout import Layout
+from medgen_models.pretrain import CoreTrainer, Keep, PretrainConfig, pretrain
 from medgen_models.public_model import CARD_FILE, WEIGHTS_FILE, PublicModel
 from medgen_models.schema import PatientBatch, Schema
 
@@ -87,6 +91,66 @@ def test_gaps_are_drawn_where_a_reference_is(model: PublicModel) -> None:
     gap = model.draw_gaps(present, torch.Generator().manual_seed(0))
     assert gap[:3, 0, before].tolist() == [24.0] * 3
     assert float(gap.sum()) == 72.0
+
+
+class Interrupted(Exception):
+    pass
+
+
+def _stop_at(step: int) -> Callable[[int, float], None]:
+    def stop(done: int, _loss: float) -> None:
+        if done == step:
+            raise Interrupted
+
+    return stop
+
+
+def test_an_interrupted_training_that_goes_on_is_the_uninterrupted_one(
+    model: PublicModel, models_schema: Schema, models_public: PatientBatch, tmp_path: Path
+) -> None:
+    keep = Keep(tmp_path / "state.safetensors", "recipe", every=7)
+    with pytest.raises(Interrupted):
+        pretrain(models_schema, models_public, CONFIG, seed=0, on_step=_stop_at(24), keep=keep)
+    later: list[int] = []
+    again = pretrain(models_schema, models_public, CONFIG, 0, lambda step, _: later.append(step), keep=keep)
+    assert later == list(range(22, 41))  # the state of step 21 is the last that was kept
+    assert again.digest() == model.digest()
+
+
+def test_a_kept_state_of_another_recipe_or_torn_is_refused(tmp_path: Path) -> None:
+    keep = Keep(tmp_path / "state.safetensors", "one recipe")
+    assert keep.read() is None
+    keep.write({"done": torch.tensor(1)})
+    assert keep.read() == {"done": torch.tensor(1)}
+    with pytest.raises(ValueError, match="remove it to start afresh"):
+        dataclasses.replace(keep, recipe="another").read()
+    keep.file.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="torn"):
+        keep.read()
+
+
+def test_a_state_of_another_core_is_refused(
+    models_layout: Layout, models_bank: CodecBank, models_public: PatientBatch
+) -> None:
+    tokens = models_bank.encode(models_public)
+    wider = dataclasses.replace(CONFIG, core=CoreConfig(width=32, layers=1, heads=2))
+    state = CoreTrainer(models_layout, tokens, wider, 0).tensors()
+    with pytest.raises(ValueError, match="another model"):
+        CoreTrainer(models_layout, tokens, CONFIG, 0).restore(state)
+
+
+def test_bfloat16_gives_nearly_the_same_prediction_and_trains(
+    models_core: TokenCore, models_bank: CodecBank, models_public: PatientBatch
+) -> None:
+    tokens = models_bank.encode(models_public.select([0, 1, 2]))
+    state = torch.where(tokens.present_BVI[:, 0], 2, 0)
+    inputs = (tokens.z_BVNW[:, 0], state, 0.5 * (state == 2), tokens.factor_BVIF[:, 0], tokens.gap_BVI[:, 0])
+    exact, rounded = placed(models_core, bf16=False)(*inputs), placed(models_core, bf16=True)(*inputs)
+    assert torch.equal(exact, models_core(*inputs))
+    assert rounded.dtype == torch.float32
+    assert 0 < float((exact - rounded).abs().max().detach()) < 0.1
+    rounded.square().mean().backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in models_core.parameters())
 
 
 def test_no_public_patients_is_an_error(models_schema: Schema) -> None:
