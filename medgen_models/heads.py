@@ -23,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from medgen_models.metrics.image import Features
+from medgen_models.metrics.features import Features
 from medgen_models.metrics.table import auc
 from medgen_models.schema import Column, PatientBatch, Schema
 

@@ -1,10 +1,11 @@
 """Coherence: does a synthetic image belong to its own synthetic row? A distance between sets of images cannot see that.
 
-Two views. The first compares correlations of attributes measured *in the images* with table columns, real and synthetic.
-The second fits a predictor of a column from image features on pairs, and asks how much worse it is when pairs are
-shuffled: a model that makes good images and good rows that do not belong together scores no better than shuffled ones.
+Three views. The first compares correlations of attributes measured *in the images* with table columns, real and
+synthetic. The second predicts a column from image features, and asks how much worse that is when pairs are shuffled: a
+model that makes good images and good rows that do not belong together scores no better than shuffled ones. The third
+lays images and rows into one space and asks how much more alike pairs are there than strangers.
 
-Shape legend: B patients · A image attributes · C columns · F image features.
+Shape legend: B patients · A image attributes · C columns · F image features · K dimensions of a common space.
 """
 
 from __future__ import annotations
@@ -74,6 +75,67 @@ class Pairing:
     gain: float
     trained: int
     tested: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How well a predictor fitted on real pairs reads a column off synthetic images.
+
+    Attributes:
+        measure: ``auc`` for a yes-or-no column (higher is better), ``mae`` for a number (lower is better).
+        real: on real pairs that it was not fitted on. synthetic: on synthetic pairs.
+        real_shuffled, shuffled: on the same images with other patients' columns.
+        kept: (synthetic - shuffled) / (real - real_shuffled): 1 where synthetic images show as much of their own rows as
+            real ones do, 0 where nothing. NaN where real images show nothing.
+        tested: pairs on the smaller side.
+    """
+
+    measure: Literal["auc", "mae"]
+    real: float
+    synthetic: float
+    real_shuffled: float
+    shuffled: float
+    kept: float
+    tested: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity:
+    """How alike images and rows are in a common space, as cosine.
+
+    Attributes:
+        paired: mean over patients of their own image and row: S+. strangers: mean over all pairs of two patients: S-.
+        gap: S+ - S-, 0 where images and rows have nothing to do with each other.
+    """
+
+    paired: float
+    strangers: float
+    gap: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairSpace:
+    """A linear common space of image features and row features, fitted on pairs: see :func:`fit_pair_space`.
+
+    Attributes:
+        centre_F, scale_F, to_space_FK: mean and deviation of image features, and their map.
+        row_centre_C, row_scale_C, row_to_space_CK: the same for columns.
+    """
+
+    centre_F: F64
+    scale_F: F64
+    to_space_FK: F64
+    row_centre_C: F64
+    row_scale_C: F64
+    row_to_space_CK: F64
+
+    def images(self, features_BF: F64) -> F64:
+        """Where images lie (B, K); a missing feature counts as the mean."""
+        return np.asarray(_filled(features_BF, self.centre_F, self.scale_F) @ self.to_space_FK)
+
+    def rows(self, columns_BC: F64) -> F64:
+        """Where rows lie (B, K); a missing column counts as the mean."""
+        return np.asarray(_filled(columns_BC, self.row_centre_C, self.row_scale_C) @ self.row_to_space_CK)
 
 
 def correlations(attributes_BA: F64, columns_BC: F64, method: Method = "pearson", fewest: int = 10) -> F64:
@@ -164,6 +226,109 @@ def pairing(
     return Pairing("auc" if kind == "yes-no" else "mae", paired, shuffled, gain, len(x), len(test_y))
 
 
+def agreement(
+    real: tuple[F64, F64], synthetic: tuple[F64, F64], kind: Target, seed: int, shuffles: int = SHUFFLES
+) -> Agreement:
+    """Fit a predictor of a column from image features on half of the real pairs; score the other half and synthetic pairs.
+
+    The halves take turns and scores are averaged. Predictors are those of :func:`pairing`.
+
+    Args:
+        real: image features (B, F) and column (B,) of real patients, NaN where missing.
+        synthetic: of synthetic ones.
+        kind: what the column is.
+        seed: of halves and shuffling.
+        shuffles: shufflings that the score of unrelated pairs is averaged over.
+
+    Raises:
+        ValueError: fewer than ten known pairs on a side, or a yes-or-no column with one answer in a part.
+    """
+    sides = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in (real, synthetic)]
+    (x, y), (made_x, made_y) = sides
+    if min(len(y), len(made_y)) < 10:
+        raise ValueError(f"pairs: expected ten or more on each side, got {len(y)} and {len(made_y)}")
+    rng = np.random.default_rng(seed)
+    halves = np.array_split(rng.permutation(len(y)), 2)
+    if kind == "yes-no" and min(len(np.unique(part > 0)) for part in (y[halves[0]], y[halves[1]], made_y)) < 2:
+        raise ValueError("column: expected both answers in every part; use more patients")
+    found = []
+    for fit, left in (halves, halves[::-1]):
+        scores = [_predict(x[fit], y[fit], new, kind) for new in (x[left], made_x)]
+        for truth, score in zip((y[left], made_y), scores, strict=True):
+            others = [_error(rng.permutation(truth), score, kind) for _ in range(shuffles)]
+            found += [_error(truth, score, kind), float(np.mean(others))]
+    own, own_other, made, made_other = np.asarray(found).reshape(2, 4).mean(axis=0)
+    shown = own - own_other if kind == "yes-no" else own_other - own
+    kept = (made - made_other if kind == "yes-no" else made_other - made) / shown if shown > 0 else float("nan")
+    measure: Literal["auc", "mae"] = "auc" if kind == "yes-no" else "mae"
+    tested = min(*(len(half) for half in halves), len(made_y))
+    return Agreement(measure, float(own), float(made), float(own_other), float(made_other), float(kept), tested)
+
+
+def fit_pair_space(features_BF: F64, columns_BC: F64, dimensions: int = 4, ridge: float = 0.1) -> PairSpace:
+    """Canonical correlations of image features and columns, Hotelling (1936), with a ridge as of Vinod (1976).
+
+    Fit it on public or real pairs that are not measured with it.
+
+    Args:
+        features_BF: image features, NaN where missing.
+        columns_BC: numbers of the same patients' rows, NaN where missing.
+        dimensions: K, at most the smaller number of columns.
+        ridge: added to the unit diagonals of both correlation matrices.
+
+    Raises:
+        ValueError: fewer than ten pairs, or more dimensions than columns on a side.
+    """
+    if len(features_BF) < 10 or len(features_BF) != len(columns_BC):
+        raise ValueError(f"pairs: expected ten or more, got {len(features_BF)} and {len(columns_BC)}")
+    if not 1 <= dimensions <= min(features_BF.shape[1], columns_BC.shape[1]):
+        raise ValueError(
+            f"dimensions: expected 1 to {min(features_BF.shape[1], columns_BC.shape[1])}, got {dimensions}"
+        )
+    marks = [_marks(values) for values in (features_BF, columns_BC)]
+    x, y = (_filled(values, *mark) for values, mark in zip((features_BF, columns_BC), marks, strict=True))
+    whiten = [_inverse_root(side.T @ side / len(side) + ridge * np.eye(side.shape[1])) for side in (x, y)]
+    left, _, right = np.linalg.svd(whiten[0] @ (x.T @ y / len(x)) @ whiten[1], full_matrices=False)
+    maps = whiten[0] @ left[:, :dimensions], whiten[1] @ right[:dimensions].T
+    return PairSpace(*marks[0], maps[0], *marks[1], maps[1])
+
+
+def similarity(images_BK: F64, rows_BK: F64) -> Similarity:
+    """Mean cosine of own and of others' images and rows; linear in the number of patients.
+
+    Raises:
+        ValueError: fewer than two pairs, or sides of different shape.
+    """
+    if images_BK.shape != rows_BK.shape or len(images_BK) < 2:
+        raise ValueError(f"pairs: expected two or more of one shape, got {images_BK.shape} and {rows_BK.shape}")
+    unit = [side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in (images_BK, rows_BK)]
+    own, all_of_them, count = (
+        float((unit[0] * unit[1]).sum()),
+        float(unit[0].sum(axis=0) @ unit[1].sum(axis=0)),
+        len(rows_BK),
+    )
+    paired, strangers = own / count, (all_of_them - own) / (count * (count - 1))
+    return Similarity(paired, strangers, paired - strangers)
+
+
+def _marks(values_BF: F64) -> tuple[F64, F64]:
+    """Mean and deviation of each column over known values; 0 and 1 where there is nothing to scale."""
+    known_BF = np.isfinite(values_BF)
+    count_F = np.maximum(known_BF.sum(axis=0), 1)
+    mean_F = np.where(known_BF, values_BF, 0.0).sum(axis=0) / count_F
+    spread_F = np.sqrt((np.where(known_BF, values_BF - mean_F, 0.0) ** 2).sum(axis=0) / count_F)
+    return mean_F, np.where(spread_F > 1e-9, spread_F, 1.0)
+
+
+def _filled(values_BF: F64, mean_F: F64, spread_F: F64) -> F64:
+    return np.asarray(np.where(np.isfinite(values_BF), (values_BF - mean_F) / spread_F, 0.0))
+
+
+def _inverse_root(matrix_FF: F64) -> F64:
+    values, vectors = np.linalg.eigh(matrix_FF)
+    return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
+
+
 def _score(x: F64, y: F64, test: tuple[F64, F64] | None, kind: Target, seed: int, folds: int) -> float:
     """AUC or MAE on the test pairs, or out of fold."""
     truth = y if test is None else test[1]
@@ -173,6 +338,10 @@ def _score(x: F64, y: F64, test: tuple[F64, F64] | None, kind: Target, seed: int
             scores[left] = _predict(x[fit], y[fit], x[left], kind)
     else:
         scores = _predict(x, y, test[0], kind)
+    return _error(truth, scores, kind)
+
+
+def _error(truth: F64, scores: F64, kind: Target) -> float:
     return auc(truth > 0, scores) if kind == "yes-no" else float(np.abs(scores - truth).mean())
 
 

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from medgen_models.codecs.bank import CodecBank
-from medgen_models.metrics.image import frechet_distance, manifold, radiomics, standardise
+from medgen_models.metrics.features import radiomics
 from medgen_models.metrics.series import compare_series
+from medgen_models.metrics.sets import frechet_distance, manifold, standardise
 from medgen_models.metrics.table import column_shapes, pair_trends, pearson
 from medgen_models.schema import IMAGE_KINDS, Column, Instance, PatientBatch, Schema, Slot, unscale
 from server.release.figures import contact_sheet

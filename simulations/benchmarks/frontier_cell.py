@@ -25,7 +25,7 @@ from medgen_models.adapters import Trained, group_of
 from medgen_models.assembly import StudyModel, assemble, to_arrays
 from medgen_models.flow import draw, fixed_losses, make_unit_loss
 from medgen_models.metrics.coherence import compare_correlations
-from medgen_models.metrics.image import frechet_distance
+from medgen_models.metrics.sets import frechet_distance
 from medgen_models.prototypes import factor_of, slot_vectors
 from medgen_models.public_model import PublicModel
 from medgen_models.schema import IMAGE_KINDS

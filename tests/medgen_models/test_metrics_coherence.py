@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from medgen_models.metrics.coherence import compare_correlations, correlations, pairing
+from medgen_models.metrics.coherence import (
+    agreement,
+    compare_correlations,
+    correlations,
+    fit_pair_space,
+    pairing,
+    similarity,
+)
 
 
 def test_correlations_by_hand_with_gaps() -> None:
@@ -82,3 +89,68 @@ def test_too_few_pairs_or_one_answer_are_named() -> None:
         pairing(features[:8], column[:8], "number", 0)
     with pytest.raises(ValueError, match="both answers"):
         pairing(features, np.ones(300), "yes-no", 0)
+
+
+@pytest.mark.parametrize("kind", ["number", "yes-no"])
+def test_agreement_keeps_all_of_real_pairs_none_of_shuffled_and_half_of_half(kind: str) -> None:
+    real, same = pairs(400, 0), pairs(400, 1)
+    rng = np.random.default_rng(2)
+    shuffled = same[0], rng.permutation(same[1])
+    half = same[0], np.where(rng.random(400) < 0.5, same[1], shuffled[1])
+    kept = [agreement(real, each, kind, 0).kept for each in (same, shuffled, half)]
+    assert kept[0] == pytest.approx(1.0, abs=0.15)
+    assert kept[1] == pytest.approx(0.0, abs=0.15)
+    assert kept[2] == pytest.approx(0.5, abs=0.2)
+    turned = same[0], -same[1]
+    assert agreement(real, turned, kind, 0).kept < -0.3
+
+
+def test_agreement_does_not_score_pairs_that_it_was_fitted_on() -> None:
+    column = pairs(60, 0)[1]
+    wide = np.random.default_rng(0).normal(size=(60, 300))  # enough to remember everybody, nothing to learn
+    found = agreement((wide, column), (wide, column), "number", 0)
+    assert found.real > 0.85 * found.real_shuffled
+    assert (found.measure, found.tested) == ("mae", 27)
+
+
+def test_agreement_refuses_too_few_and_one_answer() -> None:
+    features, column = pairs(60, 0)
+    with pytest.raises(ValueError, match="ten or more"):
+        agreement((features, column), (features[:12], column[:12]), "number", 0)
+    with pytest.raises(ValueError, match="both answers"):
+        agreement((features, column), (features, np.ones(60)), "yes-no", 0)
+
+
+def test_similarity_by_hand() -> None:
+    images = np.array([[1.0, 0.0], [0.0, 2.0]])
+    found = similarity(images, images)
+    assert (found.paired, found.strangers, found.gap) == (1.0, 0.0, 1.0)
+    # rows at 45 degrees: cosines .7071 with everybody
+    found = similarity(images, np.ones((2, 2)))
+    assert found.paired == pytest.approx(np.sqrt(0.5))
+    assert found.gap == pytest.approx(0.0)
+    assert similarity(images, images[::-1]).gap == -1.0
+    with pytest.raises(ValueError, match="one shape"):
+        similarity(images, images[:1])
+
+
+def test_a_common_space_fitted_on_some_pairs_knows_others() -> None:
+    def world(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        z = rng.normal(size=(500, 2))
+        images = np.concatenate([z, rng.normal(size=(500, 8))], axis=1)
+        rows = np.stack([-z[:, 0], z[:, 1] + 3.0, rng.normal(size=500)], axis=1)
+        rows[rng.random(rows.shape) < 0.05] = np.nan
+        return images, rows
+
+    space = fit_pair_space(*world(0), dimensions=2)
+    images, rows = world(1)
+    own = similarity(space.images(images), space.rows(rows))
+    others = similarity(space.images(images), space.rows(np.random.default_rng(0).permutation(rows)))
+    assert own.gap > 0.8
+    assert abs(others.gap) < 0.1
+    assert own.strangers == pytest.approx(others.strangers, abs=0.01)
+    with pytest.raises(ValueError, match="dimensions"):
+        fit_pair_space(images, rows, dimensions=4)
+    with pytest.raises(ValueError, match="ten or more"):
+        fit_pair_space(images[:9], rows[:9])
