@@ -30,7 +30,15 @@ from medgen_models.flow import FlowConfig
 from medgen_models.pretrain import PretrainConfig, pretrain
 from medgen_models.public_model import PublicModel
 from medgen_models.schema import PatientBatch, Schema
-from medgen_models.table_prior import choose_pairs, count_tables, default_queries, encode_rows, fit, public_positions
+from medgen_models.table_prior import (
+    all_queries,
+    choose_pairs,
+    count_tables,
+    default_queries,
+    encode_rows,
+    fit_pairs,
+    public_positions,
+)
 from medgen_models.tokens import TokenBatch
 from privacy.noise import system_noise
 from server.checkpoints import write_atomically
@@ -71,14 +79,14 @@ class Sizes:
 
     public: int = 800
     test: int = 400
-    members: int = 1500
+    members: int = 1000
     held_out: int = 140
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 700
     batch: int = 32
     rounds: int = 4
-    steps: int = 10
+    steps: int = 8
     spare_rounds: int = 1
-    sampling_rate: float = 0.08
+    sampling_rate: float = 0.1
     draws: int = 2
     learning_rate: float = 1e-3
     width: int = 96
@@ -253,8 +261,10 @@ def rows(folder: Path, sizes: Sizes, seed: int, privacy: Privacy, patients: int,
     tables = count_tables(known.codes, known.domain, known.queries)
     if privacy != "public":
         tables = _study(folder, sizes, seed, privacy, public)[1]
-    tree = fit(tables, known.domain, public=count_tables(known.codes, known.domain, known.queries))
-    return rows_from_tree(schema, tree, sizes.bins, patients, draw_seed, known.positions)
+    every = count_tables(known.codes, known.domain, all_queries(known.domain))
+    return rows_from_tree(
+        schema, fit_pairs(tables, known.domain, public=every), sizes.bins, patients, draw_seed, known.positions
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
