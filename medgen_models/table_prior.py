@@ -1,4 +1,4 @@
-"""Noised marginals -> a tree over columns -> rows: the table prior of a private study (Chow & Liu (1968)).
+"""Noised marginals -> a tree over columns (Chow & Liu (1968)), weighted to all pairs -> rows: the table prior of a study.
 
 Everything here is post-processing of noised counts and public knowledge, so it costs no privacy. The way of the numbers:
 
@@ -6,6 +6,14 @@ Everything here is post-processing of noised counts and public knowledge, so it 
 2. The maximum spanning tree by mutual information over the measured pairs is the tree of the maximum likelihood.
 3. Rows of the tree are weighted until they have all measured pairs, not the tree's alone (:class:`PairModel`): those
    tables were paid for, and a tree of C columns has room for C - 1 of them.
+
+Why no package for graphical models. ``mbi`` 2.0 (McKenna et al. (2019)) was measured beside this module on four open tables
+of 82 to 2,667 rows and 9 to 13 columns, the same tables of counts (the pairs of the schema's rule), exact and at epsilon 8.
+Column shapes agreed within .008, pair trends within .004, but for one table of 82 rows at epsilon 8 (.807 against .772).
+It took 12 to 18 seconds at first and .2 afterwards, against .1 to .2, and brings jax, 650 MB installed. It tabulates
+the cliques of a triangulated graph: with all pairs these are one, of 2e7 cells for nine columns (26 seconds) and 3e9 for
+thirteen (not fitted). The pair model takes all pairs in half a second, and they gain more than the two differ by (pair
+trends .813 to .905 and .909 to .958).
 
 Shape legend: B patients · C coded columns · L levels of a column.
 """
@@ -22,6 +30,7 @@ from numpy.typing import NDArray
 from medgen_models.table_margins import Margins, denoise
 from medgen_models.table_queries import (
     Query,
+    all_queries,
     choose_pairs,
     count_tables,
     default_queries,
@@ -36,6 +45,7 @@ __all__ = [
     "RowCodes",
     "TreeModel",
     "Variable",
+    "all_queries",
     "choose_pairs",
     "count_tables",
     "decode_rows",

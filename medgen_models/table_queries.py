@@ -6,6 +6,7 @@ privacy; choosing on private rows would. Shape legend: B patients · L levels of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,6 +40,11 @@ def default_queries(schema: Schema, domain: Sequence[int], pairs: Sequence[Query
         if len(pair) != 2 or not 0 <= pair[0] < pair[1] < columns:
             raise ValueError(f"pair {pair}: expected two columns in ascending order below {columns}")
     return (*((c,) for c in range(columns)), *(tuple(pair) for pair in dict.fromkeys(pairs)))
+
+
+def all_queries(domain: Sequence[int]) -> tuple[Query, ...]:
+    """All one-way and two-way tables: of a public population they cost nothing, of patients each one adds noise to all."""
+    return (*((c,) for c in range(len(domain))), *itertools.combinations(range(len(domain)), 2))
 
 
 def _pairs_by_rule(schema: Schema) -> list[Query]:

@@ -17,7 +17,7 @@ from medgen_models.assembly import StudyModel
 from medgen_models.batches import batch_from_bytes
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.schema import PatientBatch, Schema
-from medgen_models.table_prior import count_tables, fit, variables
+from medgen_models.table_prior import all_queries, count_tables, fit_pairs, variables
 from privacy.audit.attacks import nearest_neighbour_score, token_distance
 from privacy.audit.gates import GatePolicy
 from privacy.audit.parts import split
@@ -97,8 +97,8 @@ def _rows(session: Session, counts: Mapping[tuple[int, ...], Floats] | None) -> 
         return rows_from_public(schema, public, patients, seed)
     domain = [len(column.levels) for column in variables(schema, bins)]
     known = load_file(session.folder.public_rows)
-    tree = fit(counts, domain, public=count_tables(known["codes"], domain, tuple(counts)))
-    return rows_from_tree(schema, tree, bins, patients, seed, known["positions"])
+    model = fit_pairs(counts, domain, public=count_tables(known["codes"], domain, all_queries(domain)))
+    return rows_from_tree(schema, model, bins, patients, seed, known["positions"])
 
 
 def publish(session: Session, model: StudyModel, cohort: PatientBatch, audit: AuditResult, sites: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """The synthetic cohort: rows first, then images and series given the row. No real patient conditions anything here.
 
-Rows come from a tree model of DP marginals (:func:`rows_from_tree`) or, where the core makes its own tables, as patterns
+Rows come from a table model of DP marginals (:func:`rows_from_tree`) or, where the core makes its own tables, as patterns
 of presence from the public population (:func:`rows_from_public`). Notes are given in training and never generated.
 
 Shape legend: B patients · V visits · I instances · N tokens · W token width · F factors.
@@ -9,22 +9,42 @@ Shape legend: B patients · V visits · I instances · N tokens · W token width
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medgen_models.assembly import StudyModel
+from medgen_models.codecs.bank import CodecBank
+from medgen_models.core import TokenCore
 from medgen_models.flow import sample
+from medgen_models.layout import Layout
 from medgen_models.schema import PatientBatch, Schema
-from medgen_models.table_prior import TreeModel, decode_rows
+from medgen_models.table_prior import PairModel, TreeModel, decode_rows
 from medgen_models.tasks import states_for
 from medgen_models.tokens import TokenBatch
 from server.release.cohort_files import synthetic_ids
 
 CHUNK = 32  # patients sampled at once
+
+
+class Generator(Protocol):
+    """What patients are drawn from: a study's model, a public one, or one that was released."""
+
+    @property
+    def schema(self) -> Schema: ...  # noqa: D102
+
+    @property
+    def layout(self) -> Layout: ...  # noqa: D102
+
+    @property
+    def bank(self) -> CodecBank: ...  # noqa: D102
+
+    @property
+    def core(self) -> TokenCore: ...  # noqa: D102
+
+    def draw_gaps(self, present_BVI: Tensor, generator: torch.Generator) -> Tensor: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +62,13 @@ class Cohort:
 
 def rows_from_tree(
     schema: Schema,
-    tree: TreeModel,
+    tree: TreeModel | PairModel,
     bins: int,
     patients: int,
     seed: int,
     positions_CBP: NDArray[np.float64] | None = None,
 ) -> PatientBatch:
-    """Patients with table, presence and factors drawn from a tree model; images empty, series not observed."""
+    """Patients with table, presence and factors drawn from a table model; images empty, series not observed."""
     rng = np.random.default_rng(seed)
     return decode_rows(schema, tree.sample(patients, rng), bins, rng, positions_CBP)
 
@@ -70,10 +90,11 @@ def rows_from_public(schema: Schema, public: PatientBatch, patients: int, seed: 
 
 
 def sample_cohort(
-    model: StudyModel,
+    model: Generator,
     rows: PatientBatch,
     *,
-    task: Literal["row", "joint"] = "row",
+    task: Literal["row", "joint", "conditional"] = "row",
+    keys: tuple[str, ...] = (),
     steps: int = 20,
     guidance: float = 2.0,
     generator: torch.Generator,
@@ -82,11 +103,13 @@ def sample_cohort(
     """Draw everything that the rows announce.
 
     Args:
-        model: codecs and core of the study.
+        model: codecs and core.
         rows: from :func:`rows_from_tree` (``row``) or :func:`rows_from_public` (``joint``).
-        task: ``row`` keeps the table of ``rows``; ``joint`` draws the table together with the images.
+        task: ``row`` keeps the table of ``rows``; ``joint`` draws the table together with the images; ``conditional``
+            draws the instances ``keys`` from their factors alone, and nothing else is there.
+        keys: for ``conditional``.
         steps: Euler steps.
-        guidance: scale on the row, 1 for none; without effect in ``joint``.
+        guidance: scale on the row, 1 for none; without effect in others.
         generator: all randomness.
         chunk: patients sampled at once; changes no single patient's distribution, only the use of memory.
 
@@ -95,9 +118,9 @@ def sample_cohort(
     """
     schema, layout = model.schema, model.layout
     rows = dataclasses.replace(_generable(rows, schema), ids=synthetic_ids(len(rows)))
-    rows = dataclasses.replace(rows, gap_hours_BVI=model.public.draw_gaps(rows.present_BVI, generator))
+    rows = dataclasses.replace(rows, gap_hours_BVI=model.draw_gaps(rows.present_BVI, generator))
     given = model.bank.encode(rows)
-    states_BVI = states_for(task, layout, rows.present_BVI)
+    states_BVI = states_for(task, layout, rows.present_BVI, keys=keys)
     drawn = [
         sample(
             model.core,

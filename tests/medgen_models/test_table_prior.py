@@ -13,13 +13,16 @@ from medgen_models.schema import Column, Factor, Instance, PatientBatch, Schema,
 from medgen_models.table_bins import project_to_simplex
 from medgen_models.table_margins import shrink_singular_values
 from medgen_models.table_prior import (
+    PairModel,
     TreeModel,
+    all_queries,
     choose_pairs,
     count_tables,
     decode_rows,
     default_queries,
     encode_rows,
     fit,
+    fit_pairs,
     mutual_information,
     public_positions,
     variables,
@@ -423,3 +426,55 @@ def test_singular_value_shrinkage_removes_noise_and_keeps_signal() -> None:
     # 2 x 2: one free value; y = 4 gives sqrt((16 - 2)^2 - 4) / 4
     pattern = np.array([[1.0, -1.0], [-1.0, 1.0]])
     assert np.linalg.norm(shrink_singular_values(2 * pattern, 1.0)) == pytest.approx(np.sqrt(14**2 - 4) / 4)
+
+
+# --- pair models: all measured tables, not the tree's alone
+
+
+def test_a_pair_model_has_the_pairs_that_the_tree_has_no_room_for() -> None:
+    # three columns that agree with each other by pairs: a tree has two of the three pairs, and the third follows as .8 * .8
+    rng = np.random.default_rng(3)
+    hidden = rng.integers(0, 2, 40_000)
+    codes = np.stack([np.where(rng.random(40_000) < 0.8, hidden, 1 - hidden) for _ in range(3)], axis=1)
+    queries = all_queries((2, 2, 2))
+    counts = count_tables(codes, (2, 2, 2), queries)
+    model = fit_pairs(counts, (2, 2, 2))
+    drawn = model.sample(8000, np.random.default_rng(0))
+    chained = fit(counts, (2, 2, 2)).sample(8000, np.random.default_rng(0))
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    agree, in_tree, true = (
+        np.array([(rows[:, a] == rows[:, b]).mean() for a, b in pairs]) for rows in (drawn, chained, codes)
+    )
+    np.testing.assert_allclose(true, 0.68, atol=0.02)
+    np.testing.assert_allclose(agree, true, atol=0.02)
+    assert in_tree.min() == pytest.approx(0.5 + 2 * 0.18**2, abs=0.02)
+
+
+def test_weights_on_a_complete_pool_solve_a_known_case() -> None:
+    # from an even tree over two bits to the joint [[.4, .1], [.1, .4]]: each cell's weight is its share
+    tree = fit({}, (2, 2))
+    model = PairModel(tree, {(0, 1): np.array([[0.4, 0.1], [0.1, 0.4]])})
+    weights = model.weights(np.array([[0, 0], [0, 1], [1, 0], [1, 1]]))
+    np.testing.assert_allclose(weights, [0.4, 0.1, 0.1, 0.4])
+
+
+def test_pairs_that_contradict_each_other_still_give_rows() -> None:
+    same, other = np.array([[0.5, 0.0], [0.0, 0.5]]), np.array([[0.0, 0.5], [0.5, 0.0]])
+    model = PairModel(fit({}, (2, 2, 2)), {(0, 1): same, (1, 2): same, (0, 2): other})
+    rows = model.sample(500, np.random.default_rng(0))
+    assert rows.shape == (500, 3)
+    assert model.sample(0, np.random.default_rng(0)).shape == (0, 3)
+    assert len(np.unique(rows, axis=0)) > 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), noise=st.sampled_from([0.0, 5.0, 500.0]))
+def test_a_pair_model_of_any_counts_draws_from_the_domain_and_repeats_with_its_seed(seed: int, noise: float) -> None:
+    rng = np.random.default_rng(seed)
+    domain = (3, 2, 4)
+    codes = random_codes(domain, 100, seed)
+    exact = count_tables(codes, domain, all_queries(domain))
+    model = fit_pairs({q: t + noise * rng.standard_normal(t.shape) for q, t in exact.items()}, domain)
+    first, again = (model.sample(50, np.random.default_rng(seed)) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert ((first >= 0) & (first < np.asarray(domain))).all()
