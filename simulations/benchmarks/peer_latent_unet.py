@@ -107,7 +107,8 @@ class LatentUnet(nn.Module):
 
     def __init__(self, latent: int, levels: Sequence[int], channels: tuple[int, int] = CHANNELS) -> None:
         super().__init__()
-        from monai.networks.nets import DiffusionModelUNet  # two seconds to import, which other rows need not wait for
+        # Two seconds to import, which other rows need not wait for.
+        from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 
         self.factors = nn.ModuleList(nn.Embedding(count + 1, EMBEDDING) for count in levels)
         self.unet = DiffusionModelUNet(
@@ -143,6 +144,10 @@ class LatentDiffusion:
         """Numbers of U-Net and embeddings."""
         return parameters(self.net)
 
+    def through_codec(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Images encoded and decoded: the best that this form can do."""
+        return self.codec.decode(self.codec.encode(torch.from_numpy(np.ascontiguousarray(images)))).numpy()
+
 
 def fit_latent_unet(
     schema: Schema, public: PatientBatch, budget: Budget, seed: int, channels: tuple[int, int] = CHANNELS
@@ -173,7 +178,7 @@ def draw_images(
 ) -> NDArray[np.float32]:
     """One image for each line of factor levels, guided per factor as the core is (Liu et al. (2022), eq. 11)."""
     generator, found = torch.Generator().manual_seed(seed), []
-    for part_BF in level_BF.split(at_once):
+    for part_BF in torch.split(level_BF, at_once):
         noise = torch.randn(len(part_BF), *model.codec.centre_PXXX.shape, generator=generator)
         branches = [part_BF] + [part_BF * (torch.arange(len(FACTORS)) != f) for f in range(len(FACTORS))]
         levels = torch.cat(branches)

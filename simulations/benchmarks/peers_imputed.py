@@ -116,5 +116,5 @@ def _decoded(model: StudyModel, key: str, z_BD: Tensor) -> F64:
     layout = model.layout
     i = layout.place(key)
     z_BVNW = torch.zeros(len(z_BD), model.schema.max_visits, layout.tokens, layout.width)
-    z_BVNW[:, 0, layout.span(i), : layout.width_I[i]] = z_BD.unflatten(1, (layout.tokens_I[i], -1))
+    z_BVNW[:, 0, layout.span(i), : layout.width_I[i]] = z_BD.reshape(len(z_BD), layout.tokens_I[i], -1)
     return np.asarray(model.bank.decode(z_BVNW)[key][:, 0].double().numpy())
