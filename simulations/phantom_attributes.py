@@ -243,6 +243,8 @@ def attributes(schema: Schema, batch: PatientBatch) -> dict[str, F64]:
         if slot.name not in ("mri", "pet", "cxr"):
             continue
         rows = np.flatnonzero(batch.present_BVI[:, 0, place].numpy())
+        if len(rows) == 0:  # percentiles of no image are not defined
+            continue
         image = batch.values[slot.key(instance)][rows, 0].double().numpy()
         match slot.name:
             case "mri":

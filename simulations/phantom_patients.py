@@ -6,6 +6,7 @@ Shape legend: B patients, X, Y, Z voxels or rows and columns of a film.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -66,16 +67,27 @@ class Phantoms:
         return len(self.ids)
 
 
-def make_patients(patients: int, seed: int, profile: Profile | None = None) -> Phantoms:
+def make_patients(
+    patients: int, seed: int, profile: Profile | None = None, intervene: Callable[[Latents], Latents] | None = None
+) -> Phantoms:
     """Draw ``patients`` from ``profile`` (the public population by default); a seed gives the same patients always.
 
     Patients have none, one or two MRI sequences, PET and films by the shares of the profile.
+
+    Args:
+        patients: how many.
+        seed: of everything drawn.
+        profile: of the population.
+        intervene: changes the latent states before any record is made of them; with the same seed the records then
+            differ by that change alone: who is recorded, positions and noise stay.
     """
     if patients < 0:
         raise ValueError(f"expected patients >= 0, got {patients}; give the size of the population")
     profile = profile or Profile()
     who, brains, films, rows, pick = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(5))
     latents = draw_latents(patients, profile, who)
+    if intervene is not None:
+        latents = intervene(latents)
     lesions = brain.draw_lesions(latents, brains)
     sequence_B2 = _draw_sequences(latents, profile, pick)
     pet_B2 = pick.random((patients, 2)) < np.asarray([profile.fdg_share, profile.av45_share])
