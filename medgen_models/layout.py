@@ -45,7 +45,7 @@ def token_shape(slot: Slot) -> tuple[int, int]:
             pass
         case "atlas" | "aekl" if imagelike:
             pass
-        case "vae" if slot.kind in (*IMAGE_KINDS, "table"):
+        case "vae" if slot.kind in (*IMAGE_KINDS, "table", "series"):
             pass
         case _:
             raise ValueError(

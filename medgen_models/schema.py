@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, get_args
 
@@ -29,6 +30,7 @@ Region = Literal["unspecified", "brain", "head", "chest", "heart", "breast", "ab
 
 IMAGE_KINDS: tuple[Kind, ...] = ("volume", "image")
 REGIONS: tuple[Region, ...] = get_args(Region)
+_ENCODER = re.compile(r"hash|sha256:[0-9a-f]{64}")
 
 
 class _Public(BaseModel):
@@ -122,6 +124,9 @@ class Slot(_Public):
         columns: columns of a table, channels of a series.
         hours, bin_hours: window and bin of a series, in hours.
         tokens, width: token count and width of an image or text instance (tables and series derive theirs).
+        sample_seconds: time between two samples of a signal, in seconds.
+        encoder: how a text becomes numbers, the same at every site: ``hash`` (needs nothing), or ``sha256:`` and the digest
+            of the folder of a sentence encoder, of which each site gives its own copy (see :mod:`medgen_models.codecs.text`).
     """
 
     name: str
@@ -140,6 +145,8 @@ class Slot(_Public):
     bin_hours: float = 0.0
     tokens: int = 0
     width: int = 0
+    sample_seconds: float = 0.0
+    encoder: str = "hash"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -150,8 +157,18 @@ class Slot(_Public):
                     f"slot {self.name}: a {self.kind} needs {axes} entries in shape and voxel_mm, "
                     f"got {self.shape} and {self.voxel_mm}"
                 )
-            if not self.low < self.high:
-                raise ValueError(f"slot {self.name}: expected low < high, got {self.low} and {self.high}")
+        if self.kind == "signal" and (len(self.shape) != 1 or self.shape[0] < 1 or self.sample_seconds <= 0):
+            raise ValueError(
+                f"slot {self.name}: a signal needs one entry in shape (samples) and sample_seconds > 0, "
+                f"got {self.shape} and {self.sample_seconds}"
+            )
+        if self.kind in (*IMAGE_KINDS, "signal") and not self.low < self.high:
+            raise ValueError(f"slot {self.name}: expected low < high, got {self.low} and {self.high}")
+        if not _ENCODER.fullmatch(self.encoder) or (self.encoder != "hash" and self.kind != "text"):
+            raise ValueError(
+                f"slot {self.name}: encoder is 'hash' or, for a text slot, 'sha256:' and 64 hexadecimal digits, "
+                f"got {self.encoder!r}; take the digest of the encoder's folder"
+            )
         if self.kind in ("table", "series") and not self.columns:
             raise ValueError(f"slot {self.name}: a {self.kind} needs columns")
         if self.kind == "series" and (self.bin_hours <= 0 or self.hours < self.bin_hours):

@@ -185,6 +185,8 @@ class NotesSource(_Frozen):
 
     Attributes:
         file: csv, tsv or parquet; empty means ``<slot>.…`` or ``<slot>s.…``, whichever is there.
+        encoder: this site's copy of the sentence encoder that the study declares: a folder (relative to ``root`` or
+            absolute) or an installed package; not read where the study declares ``hash``.
     """
 
     reader: Literal["notes"] = "notes"
@@ -192,6 +194,7 @@ class NotesSource(_Frozen):
     id_column: str = ""
     text_column: str = "text"
     visit_column: str = "session_id"
+    encoder: str = ""
 
 
 Source = Annotated[

@@ -1,15 +1,19 @@
-"""Notes: free text per patient -> the study's fixed hashing code; the text itself is kept nowhere."""
+"""Notes: free text per patient -> the code of the study's encoder; the text itself is kept nowhere."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from client.records.config import NotesSource
 from client.records.draft import Draft
+from client.records.problems import BadSite, Problem, short
 from client.records.tables import name_strangers, name_unknown, rows_and_visits
-from medgen_models.codecs.text import hash_encode
+from medgen_models.codecs.text import NoteEncoder, note_encoder
 from medgen_models.schema import Slot
 
 
@@ -26,7 +30,11 @@ def read_slot(
         table: from :func:`client.records.tables.read_table`.
         id_column: column of patient ids.
         known: further columns that are used or knowingly not used.
+
+    Raises:
+        BadSite: the site has no copy of the sentence encoder that the study declares, or another one.
     """
+    encode = encoder_of(draft.root, slot, source)
     used_columns = {id_column, source.text_column, source.visit_column}
     name_unknown(draft, file, "columns", sorted(set(map(str, table.columns)) - used_columns - known))
     row, visit = rows_and_visits(draft, table, id_column, source.visit_column)
@@ -42,6 +50,27 @@ def read_slot(
     present_BV = torch.zeros(len(draft.ids), draft.schema.max_visits, dtype=torch.bool)
     for (r, v), notes in texts.items():
         with draft.one_record(r, file):
-            values[r, v] = hash_encode(" ".join(notes), slot.tokens, slot.width)
+            values[r, v] = code(encode, notes)
             present_BV[r, v] = True
     draft.put_rows(slot, values, present_BV)
+
+
+def encoder_of(root: Path, slot: Slot, source: NotesSource) -> NoteEncoder:
+    """The study's encoder, from the site's copy where the study declares a sentence encoder.
+
+    Raises:
+        BadSite: as in :func:`read_slot`; nothing of a patient has a part in it.
+    """
+    place = source.encoder and (str(root / source.encoder) if (root / source.encoder).is_dir() else source.encoder)
+    try:
+        return note_encoder(slot, place)
+    except ValueError as error:
+        raise BadSite(
+            Problem("site.toml", f"data.slots.{slot.name}.encoder", source.encoder or "none", short(error, 300),
+                    "give the folder or package of the study's encoder")
+        ) from None  # fmt: skip
+
+
+def code(encode: NoteEncoder, notes: list[str]) -> Tensor:
+    """Code (T, W) of the notes of one patient's visit."""
+    return encode(" ".join(notes))

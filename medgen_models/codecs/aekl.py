@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from medgen_models.codecs.base import dense_weight, pieces
+from medgen_models.codecs.base import bounded, dense_weight, pieces
 from medgen_models.schema import Slot
 
 
@@ -98,7 +98,7 @@ class AeklCodec:
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """(B, *shape) to (B, T, W)."""
-        parts = [self.net.encode(part[:, None])[0].flatten(1) for part in pieces(x, 4)]  # type: ignore[operator]
+        parts = [self.net.encode(part[:, None])[0].flatten(1) for part in pieces(bounded(x), 4)]  # type: ignore[operator]
         latent = torch.cat(parts) if parts else torch.zeros(0, self.tokens * self.width)
         return (latent / self.scale_R).reshape(-1, self.tokens, self.width)
 

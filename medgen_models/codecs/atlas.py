@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from medgen_models.codecs.base import dense_weight
+from medgen_models.codecs.base import bounded, dense_weight
 from medgen_models.schema import Slot
 
 _DEAD = 1e-4
@@ -68,7 +68,9 @@ class AtlasCodec:
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, *shape) to (B, T, W)."""
-        return ((x.flatten(1) - self.mean_P) @ self.basis_RP.T / self.scale_R).reshape(-1, self.tokens, self.width)
+        return ((bounded(x).flatten(1) - self.mean_P) @ self.basis_RP.T / self.scale_R).reshape(
+            -1, self.tokens, self.width
+        )
 
     def weight(self, x: Tensor) -> Tensor:
         """Each component's share of the mean deviation: the loss cares for anatomy before it cares for noise."""

@@ -69,9 +69,11 @@ class CodecBank:
             weights: slot name -> folder with the weights of an ``aekl`` codec.
 
         Raises:
-            ValueError: too few public records for a fitted codec, or no weights for an ``aekl`` slot.
+            ValueError: too few public records for a fitted codec, no weights for an ``aekl`` slot, values of another shape
+                or not finite, or a category that the schema does not have.
         """
         layout = Layout.of(schema)
+        _check_public(layout, public)
         codecs: dict[str, Codec] = {}
         for index, slot in enumerate(schema.slots):
             records = _records(schema, slot, public)
@@ -91,8 +93,14 @@ class CodecBank:
         """Tokens of ``batch``; absent instances are 0 with weight 0.
 
         Absent instances are encoded like all others and then left out: the shapes of every computation depend on the number
-        of patients alone, so what one patient has or lacks does not change the last bits of another's tokens.
+        of patients alone, so what one patient has or lacks does not change the last bits of another's tokens. Every token
+        is finite whatever the values are (see :func:`medgen_models.codecs.base.bounded`): an error here would tell that
+        somebody has such a record.
+
+        Raises:
+            ValueError: values of another shape than the schema's.
         """
+        _check_shapes(self.layout, batch)
         out = TokenBatch.empty(self.layout, len(batch))
         z, weight = out.z_BVNW.clone(), out.weight_BVNW.clone()
         here_BVI = batch.present_BVI & batch.visit_BV[..., None]
@@ -110,12 +118,22 @@ class CodecBank:
 
     @torch.no_grad()
     def decode(self, z_BVNW: Tensor, present_BVI: Tensor | None = None) -> dict[str, Tensor]:
-        """Raw values by instance key (B, V, *raw); absent ones are empty as in :meth:`PatientBatch.empty`."""
+        """Raw values by instance key (B, V, *raw); absent ones are empty as in :meth:`PatientBatch.empty`.
+
+        Raises:
+            ValueError: a token that is not finite.
+        """
         patients, visits = z_BVNW.shape[:2]
         out = {}
         for i, (slot, _) in enumerate(self.layout.pairs()):
             key = self.layout.keys[i]
             z = z_BVNW[:, :, self.layout.span(i), : self.layout.width_I[i]].flatten(0, 1) + self.centres.get(key, 0.0)
+            odd = int((~torch.isfinite(z)).flatten(1).any(dim=1).sum())
+            if odd:
+                raise ValueError(
+                    f"instance {key}: {odd} of {len(z)} latents are not finite; decoding takes finite tokens: check the "
+                    "weights that drew them, or draw with a smaller guidance"
+                )
             raw = self.codecs[slot.name].decode(z).reshape(patients, visits, *slot.raw_shape())
             if slot.kind in _CENTRED:
                 raw = raw.clamp(-1.0, 1.0)
@@ -218,7 +236,7 @@ class CodecBank:
             raw = torch.stack([batch.values[self.layout.keys[i]] for i in members], dim=2).flatten(1, 2)
             here = (batch.present_BVI & batch.visit_BV[..., None])[:, :, list(members)].flatten(1, 2)
             x, weight = codec.features(raw.flatten(0, 1))
-            units[f"{name}.x"] = torch.nan_to_num(x).reshape(*here.shape, -1)
+            units[f"{name}.x"] = x.reshape(*here.shape, -1)
             units[f"{name}.weight"] = weight.reshape(*here.shape, -1)
             units[f"{name}.present"] = here
             units[f"{name}.noise"] = torch.randn(*here.shape, codec.net.latent, generator=generator)
@@ -280,6 +298,35 @@ class CodecBank:
                 ) from error
         centres = {key.removeprefix("centre."): value for key, value in tensors.items() if key.startswith("centre.")}
         return CodecBank(layout, codecs, centres)
+
+
+def _check_shapes(layout: Layout, batch: PatientBatch) -> None:
+    for i, (slot, _) in enumerate(layout.pairs()):
+        found = tuple(batch.values[layout.keys[i]].shape[2:])
+        if found != slot.raw_shape():
+            raise ValueError(
+                f"instance {layout.keys[i]}: expected records of shape {slot.raw_shape()}, got {found}; resample them to the "
+                "schema's public grid"
+            )
+
+
+def _check_public(layout: Layout, public: PatientBatch) -> None:
+    """Public records may be named; NaN is how a table or series says missing, and no other value may be like it."""
+    _check_shapes(layout, public)
+    for i, (slot, _) in enumerate(layout.pairs()):
+        key, own = layout.keys[i], public.values[layout.keys[i]][public.present_BVI[:, :, i]]
+        bad = torch.isinf(own) if slot.kind in ("table", "series") else ~torch.isfinite(own)
+        if bool(bad.any()):
+            count = int(bad.flatten(1).any(dim=1).sum())
+            raise ValueError(f"instance {key}: {count} public records hold values that are not finite; leave them out")
+        for c, column in enumerate(slot.columns if slot.kind == "table" else ()):
+            level = own[:, c][torch.isfinite(own[:, c])]
+            unknown = level[(level < 0) | (level >= column.width) | (level != level.round())]
+            if column.kind == "categorical" and len(unknown):
+                raise ValueError(
+                    f"column {column.name}: unknown category {float(unknown[0]):g}; levels count from 0 to "
+                    f"{column.width - 1} ({', '.join(column.categories)}): add the category or map it by an alias"
+                )
 
 
 def _records(schema: Schema, slot: Slot, batch: PatientBatch) -> Tensor:

@@ -50,3 +50,12 @@ def dense_weight(x: Tensor, tokens: int, width: int) -> Tensor:
 def pieces(x: Tensor, size: int) -> list[Tensor]:
     """``x`` cut along its first axis into parts of at most ``size``; none for an empty ``x``."""
     return [x[start : start + size] for start in range(0, len(x), size)]
+
+
+def bounded(x: Tensor, limit: float = 8.0) -> Tensor:
+    """``x`` within ±``limit``, and 0 where it is not a number.
+
+    Raw values lie in [-1, 1], which readers see to, and the limit is far beyond. What is worse than that must not reach a
+    matrix product, nor raise an error: one private record's error would tell of that record.
+    """
+    return torch.nan_to_num(x, nan=0.0, posinf=limit, neginf=-limit).clamp(-limit, limit)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from medgen_models.codecs.base import dense_weight
+from medgen_models.codecs.base import bounded, dense_weight
 from medgen_models.layout import DCT_BLOCK, DCT_WIDTH, token_shape
 from medgen_models.schema import Slot
 
@@ -82,7 +82,7 @@ class DctCodec:
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, *shape) to (B, T, W)."""
-        return self._blocks(x) @ block_basis(len(self.shape)).T / self.scale_W
+        return self._blocks(bounded(x)) @ block_basis(len(self.shape)).T / self.scale_W
 
     def weight(self, x: Tensor) -> Tensor:
         """Each coefficient's share of the mean deviation: the loss cares for anatomy before it cares for noise."""

@@ -54,14 +54,14 @@ class TableCodec:
     def encode(self, x_BC: Tensor) -> Tensor:
         """(B, C) with NaN where missing to (B, C, W)."""
         out = torch.zeros(*x_BC.shape, self.width)
-        recorded_BC = torch.isfinite(x_BC)
+        recorded_BC = self._recorded(x_BC)
         score_BC = self.scores.forward(x_BC)
         out[..., 0] = recorded_BC * 2.0 - 1.0
         for c, column in enumerate(self.columns):
             if column.kind == "numeric":
                 out[:, c, 1] = score_BC[:, c]
             else:
-                level_B = torch.nan_to_num(x_BC[:, c]).long().clamp(0, column.width - 1)
+                level_B = torch.where(recorded_BC[:, c], x_BC[:, c], 0.0).long()
                 code = (torch.nn.functional.one_hot(level_B, column.width).float() - self._mean(column)) / self._spread(
                     column
                 )
@@ -72,8 +72,9 @@ class TableCodec:
         """A value counts 1 where recorded, whatever its width; a recorded bit counts :data:`BIT_WEIGHT`."""
         out = torch.zeros(*x_BC.shape, self.width)
         out[..., 0] = BIT_WEIGHT
+        recorded_BC = self._recorded(x_BC)
         for c, column in enumerate(self.columns):
-            out[:, c, 1 : 1 + column.width] = torch.isfinite(x_BC[:, c, None]) / column.width
+            out[:, c, 1 : 1 + column.width] = recorded_BC[:, c, None] / column.width
         return out
 
     def decode(self, z_BTW: Tensor) -> Tensor:
@@ -87,6 +88,16 @@ class TableCodec:
     def tensors(self) -> dict[str, Tensor]:
         """Knots and levels of the score maps."""
         return {"knots": self.scores.knots_CQ, "levels": self.scores.levels_CQ}
+
+    def _recorded(self, x_BC: Tensor) -> Tensor:
+        """(B, C) bool; a level that the schema does not have is no level, as if it had not been recorded."""
+        recorded_BC = torch.isfinite(x_BC)
+        for c, column in enumerate(self.columns):
+            if column.kind == "categorical":
+                level_B = x_BC[:, c]
+                known_B = (level_B >= 0) & (level_B < column.width) & (level_B == level_B.round())
+                recorded_BC[:, c] &= known_B
+        return recorded_BC
 
     @staticmethod
     def _mean(column: Column) -> float:

@@ -1,12 +1,17 @@
 """Variational autoencoders small enough to be trained at the sites under differential privacy.
 
-Images: space-to-depth, convolutions with GroupNorm, one linear bottleneck to a few tokens, and the mirror image of it.
-Tables: the column code of :mod:`medgen_models.codecs.table`, two layers to a few tokens, and back. The loss is one value per
-patient over all its records of the slot (Kingma and Welling (2014), eq. 10, Gaussian observation of fixed public
-variance); noise comes in as data; no layer couples records, so per-patient gradients are exact under ``vmap``.
+Each works on public features of a record: of an image its principal components over public images, four times as many as
+the latent has numbers; of a table its column code, of a series its bins. Encoder and decoder are a linear map plus a
+hidden layer each. The linear maps start at the principal components of the features, so training starts where a linear
+code of the same size ends, and a patient's gradient costs what a few small matrices cost. Images have to be registered,
+as for the ``atlas`` codec, and are restored within the span of public ones.
 
-Shape legend: B patients, J records of one patient in the slot (instances times visits), D numbers of a record,
-R latent numbers = T tokens times W token width.
+The loss is one value per patient over all its records of the slot (Kingma and Welling (2014), eq. 10, Gaussian
+observation of fixed public variance); noise comes in as data; no layer couples records, so per-patient gradients are
+exact under ``vmap``.
+
+Shape legend: B patients or records, J records of one patient in the slot (instances times visits), D numbers of a record,
+F features, R latent numbers = T tokens times W token width.
 """
 
 from __future__ import annotations
@@ -18,29 +23,37 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from medgen_models.codecs.base import dense_weight, pieces
+from medgen_models.codecs.atlas import AtlasCodec
+from medgen_models.codecs.base import bounded
+from medgen_models.codecs.series import SeriesCodec
 from medgen_models.codecs.table import TableCodec
 from medgen_models.schema import IMAGE_KINDS, Slot
 
-KL_WEIGHT = 1e-3
+KL_WEIGHT = 1e-4
 """Weight of the mean KL per latent number against a reconstruction error in units of public variance."""
-_WIDE, _DEEP, _NECK, _HIDDEN = 32, 32, 8, 96
-_FOLD = 4
+_WIDER = 4
+_HIDDEN = 96
+_LEAST = 1e-3
+"""Smallest deviation of a principal feature relative to the largest: what public records hardly use is not blown up."""
 
 
 class SlotVae(nn.Module):
-    """Encoder and decoder of one slot; only Linear, Conv and GroupNorm layers.
+    """Encoder and decoder of one slot; only Linear layers are trained.
 
     Args:
-        slot: an image slot whose edges are multiples of 8, or a table slot.
-        features: D of a table record; ignored for images.
-        generator: draws the initial weights.
+        slot: an image, table or series slot.
+        features: D of a table or series record; ignored for images.
+        generator: draws the initial weights of the hidden layers; what leaves them starts at zero.
 
-    Raises:
-        ValueError: an edge that is no multiple of 8.
+    Attributes:
+        shape: of one record, D = its product.
+        centre, basis_FD, scale_F: public mean image, components and their deviations; fixed, images only.
+        spread: public deviation in whose square an error is counted.
     """
 
     centre: Tensor
+    basis_FD: Tensor
+    scale_F: Tensor
     spread: Tensor
 
     def __init__(self, slot: Slot, features: int, generator: torch.Generator) -> None:
@@ -48,88 +61,88 @@ class SlotVae(nn.Module):
         self.image = slot.kind in IMAGE_KINDS
         self.latent = slot.tokens * slot.width
         self.shape = slot.shape if self.image else (features,)
-        axes = len(self.shape)
-        self.register_buffer("centre", torch.zeros(math.prod(self.shape)))
         self.register_buffer("spread", torch.ones(()))
         if self.image:
-            if any(edge % (2 * _FOLD) for edge in self.shape):
-                raise ValueError(
-                    f"slot {slot.name}: the vae codec needs edges divisible by {2 * _FOLD}, got {self.shape}; pad the public grid"
-                )
-            places = math.prod(edge // (2 * _FOLD) for edge in self.shape)
-            patch, fine, coarse = _FOLD**axes, _WIDE, _DEEP
-            self.grid = tuple(edge // (2 * _FOLD) for edge in self.shape)
-            self.enter = _conv(axes, patch, fine, 3)
-            self.shrink = _conv(axes, fine * 2**axes, coarse, 1)
-            self.encode_block = _Block(axes, coarse)
-            self.squeeze = _conv(axes, coarse, _NECK, 1)
-            self.to_latent = _linear(places * _NECK, 2 * self.latent)
-            self.from_latent = _linear(self.latent, places * _NECK)
-            self.widen = _conv(axes, _NECK, coarse, 1)
-            self.decode_block = _Block(axes, coarse)
-            self.grow = _conv(axes, coarse, fine * 2**axes, 1)
-            self.norm = nn.GroupNorm(4, fine)
-            self.leave = _conv(axes, fine, patch, 3)
-        else:
-            self.enter = _linear(features, _HIDDEN)
-            self.to_latent = _linear(_HIDDEN, 2 * self.latent)
-            self.from_latent = _linear(self.latent, _HIDDEN)
-            self.leave = _linear(_HIDDEN, features)
+            numbers, features = math.prod(self.shape), components(slot)
+            self.register_buffer("centre", torch.zeros(numbers))
+            self.register_buffer("basis_FD", torch.zeros(features, numbers))
+            self.register_buffer("scale_F", torch.ones(features))
+        self.enter = _linear(features, self.latent)
+        self.enter_hidden = _linear(features, _HIDDEN)
+        self.to_latent = _linear(_HIDDEN, 2 * self.latent)
+        self.leave = _linear(self.latent, features)
+        self.leave_hidden = _linear(self.latent, _HIDDEN)
+        self.to_features = _linear(_HIDDEN, features)
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                with torch.no_grad():
-                    parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
-            elif "norm" not in name:
-                nn.init.zeros_(parameter)
+            with torch.no_grad():
+                if parameter.dim() > 1 and not name.startswith("to_"):
+                    parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+                else:
+                    parameter.zero_()
+
+    @torch.no_grad()
+    def start(self, x_BF: Tensor, weight_D: Tensor) -> None:
+        """Set the linear maps to the principal components of public features.
+
+        Args:
+            x_BF: features of public records.
+            weight_D: mean weight of each number in the error; images weigh alike everywhere.
+        """
+        root_F = self.scale_F if self.image else weight_D.clamp_min(1e-6).sqrt()
+        centre_F = x_BF.mean(dim=0)
+        _, size_K, axes_KF = torch.linalg.svd((x_BF - centre_F) * root_F, full_matrices=False)
+        deviation_K = size_K / len(x_BF) ** 0.5
+        rank = min(self.latent, int((deviation_K > _LEAST * deviation_K[0]).sum()))
+        into, out = axes_KF[:rank] / deviation_K[:rank, None], axes_KF[:rank] * deviation_K[:rank, None]
+        for value in (self.enter.weight, self.enter.bias, self.leave.weight):
+            value.zero_()
+        self.enter.weight[:rank] = into * root_F
+        self.enter.bias[:rank] = -(into * root_F) @ centre_F
+        self.leave.weight[:, :rank] = (out / root_F).T
+        self.leave.bias.copy_(centre_F)
+
+    def inner(self, x_JD: Tensor) -> Tensor:
+        """(J, D) to features (J, F)."""
+        return ((x_JD - self.centre) @ self.basis_FD.T) / self.scale_F if self.image else x_JD
 
     def posterior(self, x_JD: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (J, R) of the latent."""
-        h = (x_JD - self.centre) / self.spread
-        if self.image:
-            h = _space_to_depth(h.reshape(-1, 1, *self.shape), _FOLD)
-            h = nn.functional.silu(self.enter(h))
-            h = self.encode_block(self.shrink(_space_to_depth(h, 2)))
-            h = nn.functional.silu(self.squeeze(h)).flatten(1)
-        else:
-            h = nn.functional.silu(self.enter(h))
-        mean_JR, logvar_JR = self.to_latent(h).chunk(2, dim=-1)
-        return mean_JR, 6.0 * torch.tanh(logvar_JR / 6.0) - 4.0
+        return self._posterior(self.inner(x_JD))
 
     def reconstruct(self, latent_JR: Tensor) -> Tensor:
         """(J, R) to (J, D)."""
-        h = self.from_latent(latent_JR)
-        if self.image:
-            h = self.decode_block(self.widen(h.reshape(-1, _NECK, *self.grid)))
-            h = _depth_to_space(self.grow(h), 2)
-            h = _depth_to_space(self.leave(nn.functional.silu(self.norm(h))), _FOLD).flatten(1)
-        else:
-            h = self.leave(nn.functional.silu(h))
-        out: Tensor = h * self.spread + self.centre
-        return out
+        out_JF = self._features(latent_JR)
+        return (out_JF * self.scale_F) @ self.basis_FD + self.centre if self.image else out_JF
 
     def forward(self, x_JD: Tensor, weight_JD: Tensor, noise_JR: Tensor) -> Tensor:
-        """Negative evidence bound per record (J,): weighted error in units of public variance plus the KL term."""
-        mean_JR, logvar_JR = self.posterior(x_JD)
-        out_JD = self.reconstruct(mean_JR + torch.exp(0.5 * logvar_JR) * noise_JR)
-        error_JD = ((out_JD - x_JD) / self.spread).square() * weight_JD
-        total_J = torch.broadcast_to(weight_JD, x_JD.shape).sum(dim=-1).clamp_min(1.0)
+        """:meth:`bound` of records."""
+        return self.bound(self.inner(x_JD), weight_JD, noise_JR)
+
+    def bound(self, x_JF: Tensor, weight_JD: Tensor, noise_JR: Tensor) -> Tensor:
+        """Negative evidence bound per record (J,): weighted error in units of public variance plus the KL term.
+
+        Components are orthonormal, so the error of an image is that of its components and a part beyond their span that no
+        weight changes; that part is left out.
+        """
+        mean_JR, logvar_JR = self._posterior(x_JF)
+        out_JF = self._features(mean_JR + torch.exp(0.5 * logvar_JR) * noise_JR)
+        if self.image:
+            total_J = weight_JD.mean(dim=-1) * self.centre.numel()
+            error_J = ((out_JF - x_JF) * self.scale_F / self.spread).square().sum(dim=-1) * weight_JD.mean(dim=-1)
+        else:
+            total_J = weight_JD.sum(dim=-1)
+            error_J = ((out_JF - x_JF).square() * weight_JD).sum(dim=-1)
         kl_JR = 0.5 * (mean_JR.square() + logvar_JR.exp() - 1.0 - logvar_JR)
-        bound_J: Tensor = error_JD.sum(dim=-1) / total_J + KL_WEIGHT * kl_JR.mean(dim=-1)
+        bound_J: Tensor = error_J / total_J.clamp_min(1.0) + KL_WEIGHT * kl_JR.mean(dim=-1)
         return bound_J
 
+    def _posterior(self, x_JF: Tensor) -> tuple[Tensor, Tensor]:
+        moved_JR, logvar_JR = self.to_latent(nn.functional.silu(self.enter_hidden(x_JF))).chunk(2, dim=-1)
+        return self.enter(x_JF) + moved_JR, 6.0 * torch.tanh(logvar_JR / 6.0) - 4.0
 
-class _Block(nn.Module):
-    """x + conv(silu(conv(silu(norm(x)))))."""
-
-    def __init__(self, axes: int, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(4, channels)
-        self.first = _conv(axes, channels, channels, 3)
-        self.second = _conv(axes, channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.second(nn.functional.silu(self.first(nn.functional.silu(self.norm(x)))))
-        return x + h
+    def _features(self, latent_JR: Tensor) -> Tensor:
+        out: Tensor = self.leave(latent_JR) + self.to_features(nn.functional.silu(self.leave_hidden(latent_JR)))
+        return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,22 +151,24 @@ class VaeCodec:
 
     Attributes:
         tokens, width: layout of the latent.
+        code: what stands before the autoencoder of a table or series; public and never trained.
         net: the autoencoder.
         scale_R: public deviation of each latent number.
-        table: column code in front of a table's autoencoder.
-        raw_shape: raw shape of one record.
+        share_R: how far one deviation of each latent number moves the public mean record, mean 1: its weight in the loss.
+        raw_shape: of one record.
     """
 
     tokens: int
     width: int
+    code: TableCodec | SeriesCodec | None
     net: SlotVae
     scale_R: Tensor
-    table: TableCodec | None
+    share_R: Tensor
     raw_shape: tuple[int, ...]
 
     @staticmethod
-    def fit(slot: Slot, public: Tensor, steps: int, seed: int, batch: int = 32) -> VaeCodec:
-        """Train on public records (B, *raw): AdamW, cosine decay, then the public scale.
+    def fit(slot: Slot, public: Tensor, steps: int, seed: int, batch: int = 64) -> VaeCodec:
+        """Train on public records (B, *raw): AdamW, warm-up, cosine decay, then the public scale.
 
         Raises:
             ValueError: fewer than two public records.
@@ -161,76 +176,76 @@ class VaeCodec:
         if len(public) < 2:
             raise ValueError(f"slot {slot.name}: a vae needs two public records or more, got {len(public)}")
         generator = torch.Generator().manual_seed(seed)
-        table = TableCodec.fit(slot, public) if slot.kind == "table" else None
-        codec = VaeCodec._build(slot, table, generator)
+        codec = VaeCodec._build(slot, _fit_code(slot, public), generator)
+        net, rate = codec.net, 1e-3
         x_BD, weight_BD = codec.features(public)
-        net, rate = codec.net, 2e-3
         if net.image:
-            net.centre.copy_(x_BD.mean(dim=0))
+            atlas = AtlasCodec.fit(slot.model_copy(update={"tokens": components(slot), "width": 1}), public)
+            net.centre.copy_(atlas.mean_P)
+            net.basis_FD.copy_(atlas.basis_RP)
+            net.scale_F.copy_(atlas.scale_R)
             net.spread.copy_((x_BD - net.centre).square().mean().sqrt().clamp_min(1e-3))
-        optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=1e-4, foreach=True)
+        x_BF = net.inner(x_BD)
+        net.start(x_BF, weight_BD.mean(dim=0))
+        optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=1e-3, foreach=True)
         for step in range(steps):
-            rows = torch.randint(len(x_BD), (batch,), generator=generator)
+            rows = torch.randint(len(x_BF), (batch,), generator=generator)
             noise = torch.randn(batch, net.latent, generator=generator)
-            loss = net(x_BD[rows], weight_BD[rows], noise).mean()
+            loss = net.bound(x_BF[rows], weight_BD[rows], noise).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             share = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
             optimizer.param_groups[0]["lr"] = rate * share * min(1.0, (step + 1) / 20)
             optimizer.step()
-        with torch.no_grad():
-            latent = torch.cat([net.posterior(part)[0] for part in pieces(x_BD, 128)])
-            spread = latent.std(dim=0).clamp_min(0.05)
         net.requires_grad_(False)
-        return dataclasses.replace(codec, scale_R=spread)
+        latent_BR = net._posterior(x_BF)[0]
+        scale_R = latent_BR.std(dim=0).clamp_min(0.05)
+        moved_RD = net.reconstruct(latent_BR.mean(dim=0) + torch.diag(scale_R)) - net.reconstruct(latent_BR.mean(dim=0))
+        size_R = (moved_RD.square() * weight_BD.mean(dim=0)).sum(dim=1).sqrt()
+        return dataclasses.replace(codec, scale_R=scale_R, share_R=size_R / size_R.mean().clamp_min(1e-12))
 
     @staticmethod
-    def _build(slot: Slot, table: TableCodec | None, generator: torch.Generator) -> VaeCodec:
-        features = table.tokens * table.width if table else 0
-        net = SlotVae(slot, features, generator)
-        return VaeCodec(slot.tokens, slot.width, net, torch.ones(net.latent), table, slot.raw_shape())
+    def _build(slot: Slot, code: TableCodec | SeriesCodec | None, generator: torch.Generator) -> VaeCodec:
+        net = SlotVae(slot, code.tokens * code.width if code else 0, generator)
+        one_R = torch.ones(net.latent)
+        return VaeCodec(slot.tokens, slot.width, code, net, one_R, one_R, slot.raw_shape())
 
     @staticmethod
     def from_tensors(slot: Slot, tensors: dict[str, Tensor]) -> VaeCodec:
         """Inverse of :meth:`tensors`."""
-        table = TableCodec.from_tensors(slot, tensors) if slot.kind == "table" else None
-        codec = VaeCodec._build(slot, table, torch.Generator().manual_seed(0))
+        codec = VaeCodec._build(slot, _restore_code(slot, tensors), torch.Generator().manual_seed(0))
         codec.net.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("net.")})
         codec.net.requires_grad_(False)
-        return dataclasses.replace(codec, scale_R=tensors["scale"])
+        return dataclasses.replace(codec, scale_R=tensors["scale"], share_R=tensors["share"])
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw records (B, *raw) to (B, D) and its weights (B, D) or (B, 1)."""
-        if self.table is None:
-            return x.flatten(1), torch.ones(len(x), 1)
-        return self.table.encode(x).flatten(1), self.table.weight(x).flatten(1)
+        """Raw records (B, *raw) to what the network reads, (B, D), and its weights, (B, D) or (B, 1)."""
+        if self.code is None:
+            return bounded(x).flatten(1), torch.ones(len(x), 1)
+        return self.code.encode(x).flatten(1), self.code.weight(x).flatten(1)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """(B, *raw) to (B, T, W)."""
-        parts = [self.net.posterior(self.features(part)[0])[0] for part in pieces(x, 128)]
-        latent = torch.cat(parts) if parts else torch.zeros(0, self.net.latent)
-        return (latent / self.scale_R).reshape(-1, self.tokens, self.width)
+        return (self.net.posterior(self.features(x)[0])[0] / self.scale_R).reshape(-1, self.tokens, self.width)
 
     def weight(self, x: Tensor) -> Tensor:
-        """1 everywhere: missing columns are part of what a latent says."""
-        return dense_weight(x, self.tokens, self.width)
+        """The share of each latent number, for every record: missing columns are part of what a latent says."""
+        return self.share_R.reshape(self.tokens, self.width).expand(len(x), -1, -1)
 
     @torch.no_grad()
     def decode(self, z_BTW: Tensor) -> Tensor:
         """(B, T, W) to (B, *raw)."""
-        latent = z_BTW.reshape(-1, self.net.latent) * self.scale_R
-        parts = [self.net.reconstruct(part) for part in pieces(latent, 128)]
-        out = torch.cat(parts) if parts else torch.zeros(0, math.prod(self.net.shape))
-        if self.table is not None:
-            return self.table.decode(out.reshape(-1, self.table.tokens, self.table.width))
-        return out.reshape(-1, *self.raw_shape)
+        out_BD = self.net.reconstruct(z_BTW.reshape(-1, self.net.latent) * self.scale_R)
+        if self.code is not None:
+            return self.code.decode(out_BD.reshape(-1, self.code.tokens, self.code.width))
+        return out_BD.reshape(-1, *self.raw_shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, public mean and spread, scale, and the column code of a table."""
+        """Weights, public features, scale and shares."""
         net = {f"net.{name}": value for name, value in self.net.state_dict().items()}
-        return {"scale": self.scale_R, **net, **(self.table.tensors() if self.table else {})}
+        return {"scale": self.scale_R, "share": self.share_R, **net, **(self.code.tensors() if self.code else {})}
 
     def parameters(self) -> dict[str, Tensor]:
         """Trainable weights by name, detached."""
@@ -247,28 +262,30 @@ class VaeCodec:
         return VaeCodec.from_tensors(slot, self.tensors() | {f"net.{name}": value for name, value in values.items()})
 
 
+def components(slot: Slot) -> int:
+    """Principal components that the autoencoder of an image slot reads and writes."""
+    return min(_WIDER * slot.tokens * slot.width, math.prod(slot.shape))
+
+
+def _fit_code(slot: Slot, public: Tensor) -> TableCodec | SeriesCodec | None:
+    match slot.kind:
+        case "table":
+            return TableCodec.fit(slot, public)
+        case "series":
+            return SeriesCodec.fit(slot, public)
+        case _:
+            return None
+
+
+def _restore_code(slot: Slot, tensors: dict[str, Tensor]) -> TableCodec | SeriesCodec | None:
+    match slot.kind:
+        case "table":
+            return TableCodec.from_tensors(slot, tensors)
+        case "series":
+            return SeriesCodec.from_tensors(slot, tensors)
+        case _:
+            return None
+
+
 def _linear(inputs: int, outputs: int) -> nn.Linear:
     return cast(nn.Linear, nn.utils.skip_init(nn.Linear, inputs, outputs))  # type: ignore[no-untyped-call]
-
-
-def _conv(axes: int, inputs: int, outputs: int, edge: int) -> nn.Module:
-    kind = nn.Conv3d if axes == 3 else nn.Conv2d
-    layer = nn.utils.skip_init(kind, inputs, outputs, kernel_size=edge, padding=edge // 2)  # type: ignore[no-untyped-call]
-    return cast(nn.Module, layer)
-
-
-def _space_to_depth(x: Tensor, fold: int) -> Tensor:
-    """(J, C, *grid) to (J, C * fold^axes, *grid / fold)."""
-    axes, grid = x.dim() - 2, x.shape[2:]
-    split = x.reshape(x.shape[0], x.shape[1], *(part for edge in grid for part in (edge // fold, fold)))
-    order = [0, 1, *range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2)]
-    return split.permute(order).reshape(x.shape[0], x.shape[1] * fold**axes, *(edge // fold for edge in grid))
-
-
-def _depth_to_space(x: Tensor, fold: int) -> Tensor:
-    """Inverse of :func:`_space_to_depth`."""
-    axes, grid = x.dim() - 2, x.shape[2:]
-    channels = x.shape[1] // fold**axes
-    split = x.reshape(x.shape[0], channels, *([fold] * axes), *grid)
-    order = [0, 1, *(axis for k in range(axes) for axis in (2 + axes + k, 2 + k))]
-    return split.permute(order).reshape(x.shape[0], channels, *(edge * fold for edge in grid))

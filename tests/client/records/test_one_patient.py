@@ -254,7 +254,7 @@ def test_a_folder_that_may_not_be_opened_costs_its_own_patient(site: Any, monkey
     assert "secret" not in str(after.problems)
 
 
-@pytest.mark.parametrize("reader", ["bids.read_volume", "dicom.on_grid", "notes.hash_encode"])
+@pytest.mark.parametrize("reader", ["bids.read_volume", "dicom.on_grid", "notes.code"])
 def test_whatever_a_reader_raises_costs_one_patient(site: Any, monkeypatch: pytest.MonkeyPatch, reader: str) -> None:
     """The third record that comes is the one; only the error's type is told."""
     build(site, None)

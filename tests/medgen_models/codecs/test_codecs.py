@@ -24,7 +24,8 @@ def _image(shape: tuple[int, ...], codec: str, tokens: int = 0, width: int = 0) 
             "kind": kind,
             "codec": codec,
             "shape": shape,
-            "voxel_mm": (1.0,) * len(shape),
+            "voxel_mm": (1.0,) * len(shape) if len(shape) > 1 else (),
+            "sample_seconds": 0.01,
             "tokens": tokens,
             "width": width,
         }
