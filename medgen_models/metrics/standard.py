@@ -86,7 +86,7 @@ class Standard:
     """All figures of one comparison.
 
     Attributes:
-        figures: in the schema's order.
+        figures: in the schema's order; a measure that is undefined for a record, or had too few patients, is not there.
         spaces: feature spaces of the Fréchet distances.
         schema: digest of the schema.
         seed: of halves, cuts and classifiers.
@@ -196,7 +196,9 @@ def evaluate(
             case _:
                 pass
     figures += _text(schema, notes) if notes is not None else ()
-    return Standard(tuple(figures), (measures().name, *(space.name for space in others)), schema.digest(), seed)
+    return Standard(
+        tuple(_defined(figures)), (measures().name, *(space.name for space in others)), schema.digest(), seed
+    )
 
 
 def influence(own: F64, changed: F64, redrawn: F64) -> float:
@@ -208,6 +210,14 @@ def influence(own: F64, changed: F64, redrawn: F64) -> float:
     known = np.isfinite(own) & np.isfinite(changed) & np.isfinite(redrawn)
     spread = float(((own - redrawn)[known] ** 2).sum())
     return math.sqrt(float(((own - changed)[known] ** 2).sum()) / spread) if spread > 0 else float("nan")
+
+
+def _defined(figures: Sequence[StandardFigure]) -> Iterator[StandardFigure]:
+    """Figures that have a value; a floor that has none becomes None."""
+    for figure in figures:
+        if math.isfinite(figure.value):
+            known = figure.floor is not None and math.isfinite(figure.floor)
+            yield figure if known else dataclasses.replace(figure, floor=None)
 
 
 def _record(schema: Schema, key: str, sets: _Sets) -> _Record | None:
