@@ -38,6 +38,7 @@ USES_THE_WORLD = True
 CORRELATION_BAR = 0.15
 """Largest difference from the correlation among real patients."""
 CHUNK = 100
+UNGUIDED, REAL_ROWS = "given rows, no guidance", "given real rows"
 FORETOLD: tuple[tuple[str, Target], ...] = (
     ("mmse", "number"),
     ("bnp_pg_ml", "number"),
@@ -61,9 +62,9 @@ def figures(place: Place) -> list[Figure]:
     model, schema = place.model(), place.world().schema
     real = halves(place.test(), place.seed)
     drawn = draw_cohorts(place, model, real)
-    released = {way: batch for way, batch in drawn.items() if way != "given real rows"}
+    released = {way: batch for way, batch in drawn.items() if way != REAL_ROWS}
     found = list(image_figures(model, real, released))
-    found += row_figures(schema, real, released)
+    found += row_figures(schema, real, {way: batch for way, batch in released.items() if way != UNGUIDED})
     found += coherence_figures(schema, real, released, place.seed)
     found += correlation_figures(schema, real.everyone, drawn)
     return found
@@ -81,22 +82,24 @@ def draw_cohorts(place: Place, model: StudyModel, real: Halves, guidance: float 
     schema, patients = model.schema, place.sizes.synthetic
     table = schema.keys().index("ehr")
     whole = real.everyone.select([int(n) for n in torch.nonzero(real.everyone.present_BVI[:, 0, table]).flatten()])
-    starts: dict[str, PatientBatch] = {
-        "given rows": place.rows(patients, place.seed),
-        "jointly": rows_from_public(schema, place.world().public, patients, place.seed),
-        "given real rows": whole,
+    rows = place.rows(patients, place.seed)
+    starts: dict[str, tuple[PatientBatch, float]] = {
+        "given rows": (rows, GUIDANCE),
+        UNGUIDED: (rows, 1.0),
+        "jointly": (rows_from_public(schema, place.world().public, patients, place.seed), 1.0),
+        REAL_ROWS: (whole, GUIDANCE),
     }
     return {
         way: sample_cohort(
             model,
-            rows,
+            start,
             task="joint" if way == "jointly" else "row",
             steps=place.sizes.sampler_steps,
             guidance=guidance,
             generator=torch.Generator().manual_seed(place.seed),
             chunk=CHUNK,
         ).batch
-        for way, rows in starts.items()
+        for way, (start, guidance) in starts.items()
     }
 
 
@@ -159,7 +162,8 @@ def correlation_figures(schema: Schema, real: PatientBatch, drawn: Mapping[str, 
         for n, (attribute, column) in enumerate(PAIRS):
             peers: dict[str, float] = {"r among real patients": float(truth[n]), f"r {way}": float(found[way][n])}
             if way == "given rows":
-                peers["distance given real rows"] = float(abs(found["given real rows"][n] - truth[n]))
+                others = (other for other in found if other not in ("given rows", "jointly"))
+                peers |= {f"distance, {other}": float(abs(found[other][n] - truth[n])) for other in others}
             yield Figure(
                 f"distance of r({attribute}, {column}) from real patients', {way}",
                 float(abs(found[way][n] - truth[n])),
