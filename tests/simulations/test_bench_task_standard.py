@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from medgen_models.core import ABSENT, GIVEN, NOISED
+from medgen_models.layout import Layout
 from medgen_models.metrics.standard import Standard, StandardFigure
 from medgen_models.schema import Column, PatientBatch, Schema, Slot
 from simulations import phantoms
@@ -59,6 +61,92 @@ def test_another_row_brings_its_factors_and_leaves_records(schema: Schema, batch
     assert not found.factor_BVIF[~here, 0, mri].any()
     same = given_rows_of(schema, batch, np.arange(90))
     assert torch.equal(same.factor_BVIF, batch.factor_BVIF)
+
+
+class FakeModel:
+    """Just enough of a model for conditions to be exchanged around a drawing that is made up."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema, self.layout = schema, Layout.of(schema)
+
+
+@pytest.fixture(scope="module")
+def everything(schema: Schema) -> tuple[PatientBatch, phantoms.Latents]:
+    """Patients with every record."""
+    shares = dict.fromkeys(
+        ("mri_share", "fdg_share", "av45_share", "cxr_share", "prior_share", "vitals_share", "note_share"), 1.0
+    )
+    found = phantoms.make_patients(80, 6, phantoms.Profile(second_mri_share=1.0, **shares))
+    return phantoms.to_batch(schema, found), found.latents
+
+
+def test_images_that_follow_the_row_keep_its_correlations_and_lose_the_old_row(
+    schema: Schema, everything: tuple[PatientBatch, phantoms.Latents], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drawing that gives each row the images of the patient whose row it is."""
+    batch, _ = everything
+    owners = {row.numpy().tobytes(): i for i, row in enumerate(batch.values["ehr"][:, 0])}
+
+    def drawing(_model: object, given: PatientBatch, _states: object, noise: torch.Tensor, *_: object) -> PatientBatch:
+        who = [owners[row.numpy().tobytes()] for row in given.values["ehr"][:, 0]]
+        images = {k: v[who] + 0.01 * noise.mean() for k, v in batch.values.items() if v.ndim > 3}
+        factor = given.factor_BVIF.clone()
+        factor[:, :, :2] = batch.factor_BVIF[who][:, :, :2]  # the images' own sequences
+        return dataclasses.replace(given, values={**given.values, **images}, factor_BVIF=factor)
+
+    monkeypatch.setattr(exchanged_conditions, "redrawn", drawing)
+    size, kept = exchanged_conditions.row_figures(FakeModel(schema), batch, batch, 4, 0)  # type: ignore[arg-type]
+    assert kept.value == pytest.approx(1.0)
+    assert kept.peers["before the exchange"] == pytest.approx(1.0)
+    assert abs(kept.peers["with the old row"]) < 0.35
+    assert size.value > 10  # noise hardly matters here
+    assert len(size.peers) == 6
+
+
+def test_a_film_that_follows_the_note_shows_the_effect_of_the_note(
+    schema: Schema, everything: tuple[PatientBatch, phantoms.Latents], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two films, one for notes that say short of breath and one for the others; the outcome from who lives alone."""
+    batch, latents = everything
+    wet = latents.fluid_current_l > exchanged_conditions.OVERLOAD_L
+    films = batch.values["cxr.current"][[int(np.flatnonzero(wet)[0]), int(np.flatnonzero(~wet)[0])]]
+    said = {row.numpy().tobytes(): (wet[i], latents.lives_alone[i]) for i, row in enumerate(batch.values["note"])}
+    outcome = [column.name for column in schema.table_columns()].index("outcome")
+
+    def drawing(_model: object, given: PatientBatch, *_: object) -> PatientBatch:
+        says = [said[row.numpy().tobytes()] for row in given.values["note"]]
+        table = given.values["ehr"].clone()
+        table[:, 0, outcome] = torch.tensor([float(alone) for _, alone in says])
+        film = films[[0 if is_wet else 1 for is_wet, _ in says]]
+        return dataclasses.replace(given, values={**given.values, "cxr.current": film, "ehr": table})
+
+    monkeypatch.setattr(exchanged_conditions, "redrawn", drawing)
+    rows, swap = exchanged_conditions.note_figures(FakeModel(schema), batch, latents, 4, 0)  # type: ignore[arg-type]
+    found = {figure.name: figure for figure in rows}
+    pair = dataclasses.replace(batch.select([0, 1]), values={**batch.select([0, 1]).values, "cxr.current": films})
+    for attribute in ("effusion", "congestion"):
+        shown = phantoms.attributes(schema, pair)[attribute]
+        for given in ("the note alone", "row, series, prior film and note"):
+            figure = found[f"effect of a note that says short of breath on {attribute} of the film, from {given}"]
+            assert figure.value == pytest.approx(shown[0] - shown[1])
+            assert figure.peers["real patients, difference"] > 0
+    alone = "effect of a note that says lives alone on the rate of the outcome in the table, from the note alone"
+    assert found[alone].value == pytest.approx(1.0)
+    assert swap is not None
+    assert swap.keys == ("cxr.current", "ehr")
+
+
+def test_states_of_the_two_settings(schema: Schema, everything: tuple[PatientBatch, phantoms.Latents]) -> None:
+    batch, model = everything[0], FakeModel(schema)
+    keys = schema.keys()
+    alone, full = (
+        exchanged_conditions._note_states(model, batch, setting)[0, 0]  # type: ignore[arg-type]
+        for setting in ("note alone", "everything else")
+    )
+    assert {key for key, state in zip(keys, alone, strict=True) if state == GIVEN} == {"note"}
+    assert {key for key, state in zip(keys, alone, strict=True) if state == NOISED} == {"cxr.current", "ehr"}
+    assert {key for key, state in zip(keys, full, strict=True) if state == NOISED} == {"cxr.current"}
+    assert not (full == ABSENT).any()
 
 
 def test_nobody_keeps_their_own() -> None:
