@@ -42,8 +42,11 @@ def against_per_target(place: Place, model: StudyModel, tokens: TokenBatch) -> C
     truth = model.bank.encode(test)
     third = max(1, sizes.pretrain_steps // len(TARGETS))
     systems, seconds, counts = {}, {}, {}
-    for name, steps in ((SPLIT, third), (EACH, sizes.pretrain_steps)):
-        budget = Budget(steps, sizes.batch, peer_per_target.LEARNING_RATE, peer_per_target.MATRIX_RATE)
+    for name, steps, rates in (
+        (SPLIT, third, peer_per_target.SHORT_RATES),
+        (EACH, sizes.pretrain_steps, peer_per_target.LONG_RATES),
+    ):
+        budget = Budget(steps, sizes.batch, *rates)
         systems[name] = peer_per_target.fit_per_target(
             layout, tokens, budget, Widths.like(sizes.width).target, place.seed
         )
