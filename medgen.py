@@ -7,8 +7,8 @@ import os
 import typer
 
 from client.cli import site
-from server.cli import audit, release
-from simulations.cli import bench, simulate
+from server.cli import audit, release, sample
+from simulations.cli import bench, pretrain, simulate
 
 app = typer.Typer(
     name="medgen",
@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 app.command()(simulate)
 app.command()(bench)
+app.command()(pretrain)
+app.command()(sample)
 app.add_typer(site)
 app.add_typer(release)
 app.add_typer(audit)

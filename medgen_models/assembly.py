@@ -63,6 +63,10 @@ class StudyModel:
         """The weights of the autoencoders of ``slots``."""
         return self.bank.vae_parameters(slots)
 
+    def draw_gaps(self, present_BVI: Tensor, generator: torch.Generator) -> Tensor:
+        """Time gaps (B, V, I) in hours for synthetic references, from public quantiles."""
+        return self.public.draw_gaps(present_BVI, generator)
+
     def made_up_patients(self, patients: int, generator: torch.Generator) -> TokenBatch:
         """Random tokens of patients who have everything, but the first of whom lacks the first slot: nobody's records."""
         empty = TokenBatch.empty(self.layout, patients)

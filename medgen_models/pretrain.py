@@ -7,6 +7,7 @@ Shape legend as in :mod:`medgen_models.flow`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -148,7 +149,8 @@ def pretrain(
             "population with images, a table or series"
         )
     readouts = fit_readouts(bank.layout, tokens, biomarkers or {})
-    core = train_core(bank.layout, tokens, config, seed, on_step, readouts=readouts, device=device, keep=keep)
+    trainer = CoreTrainer(bank.layout, tokens, config, seed, readouts=readouts, device=device)
+    core = trainer.run(on_step, keep)
     flow = config.flow
     quantiles = torch.quantile(fixed_losses(core, tokens, flow, _LOSS_DRAWS, seed), torch.linspace(0, 1, 33))
     image_slots = tuple(slot.name for slot in schema.slots if slot.kind in IMAGE_KINDS)
@@ -159,6 +161,7 @@ def pretrain(
         "pretrain": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("core", "flow")},
         "parameters": sum(p.numel() for p in core.parameters()),
         "tokens": bank.layout.tokens,
+        "losses": _thinned(trainer.losses),
         "biomarkers": [
             {
                 "instance": r.key,
@@ -194,6 +197,7 @@ class CoreTrainer:
 
     Attributes:
         done: steps taken.
+        losses: of each step.
     """
 
     def __init__(
@@ -220,6 +224,19 @@ class CoreTrainer:
         self._flow = dataclasses.replace(config.flow, hinge=config.hinge)
         self._objective = objective_of(layout, self._flow, readouts)
         self.done = 0
+        self.losses: list[float] = []
+
+    def run(self, on_step: OnStep | None = None, keep: Keep | None = None) -> TokenCore:
+        """Take all steps that are left, from the state that ``keep`` has, and return :meth:`result`."""
+        if keep is not None and (known := keep.read()) is not None:
+            self.restore(known)
+        while self.done < self._config.steps:
+            loss = self.advance()
+            if keep is not None and (self.done % keep.every == 0 or self.done == self._config.steps):
+                keep.write(self.tensors())
+            if on_step:
+                on_step(self.done, loss)
+        return self.result()
 
     def advance(self) -> float:
         """Take one step and return its loss."""
@@ -237,7 +254,8 @@ class CoreTrainer:
         decay = min(config.average, (1.0 + step) / (10.0 + step))
         torch._foreach_lerp_(self._mean, [p.detach() for p in self._params], 1.0 - decay)
         self.done += 1
-        return float(loss.detach())
+        self.losses.append(float(loss.detach()))
+        return self.losses[-1]
 
     def result(self) -> TokenCore:
         """A frozen core with the running mean of the weights, on the CPU."""
@@ -253,7 +271,7 @@ class CoreTrainer:
         out = {f"core.{name}": p.detach() for name, p in zip(names, self._params, strict=True)}
         out |= {f"mean.{name}": value for name, value in zip(names, self._mean, strict=True)}
         out |= {f"optimizer.{name}": value for name, value in self._optimizer.tensors().items()}
-        out |= {"generator": self._generator.get_state(), "done": torch.tensor(self.done)}
+        out |= {"generator": self._generator.get_state(), "losses": torch.tensor(self.losses, dtype=torch.float64)}
         return {name: value.cpu().contiguous() for name, value in out.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -270,7 +288,8 @@ class CoreTrainer:
             prefix = "optimizer."
             self._optimizer.restore({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
             self._generator.set_state(tensors["generator"])
-            self.done = int(tensors["done"])
+            self.losses = tensors["losses"].tolist()
+            self.done = len(self.losses)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"the kept training state is of another model ({error}); start afresh") from error
 
@@ -284,25 +303,21 @@ def train_core(
     start: TokenCore | None = None,
     readouts: tuple[Readout, ...] = (),
     device: torch.device | None = None,
-    keep: Keep | None = None,
 ) -> TokenCore:
     """Train a core on encoded public patients and return the running mean of its weights, frozen.
 
-    Arguments are those of :class:`CoreTrainer`; ``keep`` says where its state is kept, and is gone on from.
+    Arguments are those of :class:`CoreTrainer`.
     """
-    trainer = CoreTrainer(layout, tokens, config, seed, start, readouts, device)
-    if keep is not None and (known := keep.read()) is not None:
-        trainer.restore(known)
-    while trainer.done < config.steps:
-        loss = trainer.advance()
-        if keep is not None and (trainer.done % keep.every == 0 or trainer.done == config.steps):
-            keep.write(trainer.tensors())
-        if on_step:
-            on_step(trainer.done, loss)
-    return trainer.result()
+    return CoreTrainer(layout, tokens, config, seed, start, readouts, device).run(on_step)
 
 
 def _schedule(step: int, config: PretrainConfig) -> float:
     """Linear warm-up times a cosine from 1 to .05."""
     share = 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * step / max(config.steps, 1)))
     return share * min(1.0, (step + 1) / max(config.warmup, 1))
+
+
+def _thinned(losses: list[float]) -> list[float]:
+    """Mean loss over twenty equal stretches of the training, in order."""
+    edges = [round(k * len(losses) / 20) for k in range(21)]
+    return [sum(losses[a:b]) / (b - a) for a, b in itertools.pairwise(edges) if b > a]

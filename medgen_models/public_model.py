@@ -22,6 +22,7 @@ from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig, TokenCore
 from medgen_models.flow import FlowConfig, Shares
 from medgen_models.layout import Layout
+from medgen_models.public_numbers import draw_gaps
 from medgen_models.schema import Schema
 from medgen_models.terms import Readout
 
@@ -73,14 +74,7 @@ class PublicModel:
 
     def draw_gaps(self, present_BVI: Tensor, generator: torch.Generator) -> Tensor:
         """Time gaps (B, V, I) in hours for synthetic references, from the public quantiles; 0 elsewhere."""
-        gap = torch.zeros(present_BVI.shape)
-        for key, quantiles in self.gap_quantiles.items():
-            i = self.layout.place(key)
-            place = torch.rand(present_BVI.shape[:2], generator=generator) * (len(quantiles) - 1)
-            table = torch.tensor(quantiles)
-            low = place.long().clamp_max(len(quantiles) - 2)
-            gap[:, :, i] = torch.lerp(table[low], table[low + 1], place - low)
-        return gap * present_BVI
+        return draw_gaps(self.layout, self.gap_quantiles, present_BVI, generator)
 
     def to_bytes(self) -> tuple[bytes, bytes]:
         """(weights, card): safetensors and canonical JSON; the card names the digest of the weights."""

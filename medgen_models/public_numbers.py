@@ -122,3 +122,17 @@ def gap_quantiles(layout: Layout, tokens: TokenBatch) -> dict[str, tuple[float, 
             )
             out[layout.keys[i]] = tuple(float(q) for q in at)
     return out
+
+
+def draw_gaps(
+    layout: Layout, quantiles: Mapping[str, tuple[float, ...]], present_BVI: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Time gaps (B, V, I) in hours for synthetic references, by linear interpolation of quantiles; 0 elsewhere."""
+    gap = torch.zeros(present_BVI.shape)
+    for key, known in quantiles.items():
+        i = layout.place(key)
+        place = torch.rand(present_BVI.shape[:2], generator=generator) * (len(known) - 1)
+        table = torch.tensor(known)
+        low = place.long().clamp_max(len(known) - 2)
+        gap[:, :, i] = torch.lerp(table[low], table[low + 1], place - low)
+    return gap * present_BVI

@@ -159,9 +159,18 @@ def _bundle(session: Session, model: StudyModel, verdict: Literal["RELEASE", "HO
         for path in figures:
             shutil.copyfile(path, partial / "figures" / path.name)
     from medgen_models.export import save_release_model
+    from server.release.sampling import inference_config
 
     plan, heads = session.plan, {site: str(head) for site, head in session.checkpoints.heads().items()}
-    save_release_model(model, partial / "model", plan.hash, private, heads)
+    save_release_model(
+        model,
+        partial / "model",
+        plan.hash,
+        private,
+        heads,
+        inference=inference_config(),
+        statement=session.dp.statement(),
+    )
     bundle.build(partial, plan.study, plan.created, verdict, private, plan.hash, POLICY.required_signatures, heads)
     bundle.sign(partial, session.key)
     partial.rename(folder.bundle)

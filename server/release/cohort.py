@@ -26,6 +26,7 @@ from medgen_models.tasks import states_for
 from medgen_models.tokens import TokenBatch
 from server.release.cohort_files import synthetic_ids
 
+SampleTask = Literal["row", "joint", "conditional"]
 CHUNK = 32  # patients sampled at once
 
 
@@ -93,7 +94,7 @@ def sample_cohort(
     model: Generator,
     rows: PatientBatch,
     *,
-    task: Literal["row", "joint", "conditional"] = "row",
+    task: SampleTask = "row",
     keys: tuple[str, ...] = (),
     steps: int = 20,
     guidance: float = 2.0,
@@ -134,7 +135,7 @@ def sample_cohort(
         for start in range(0, len(rows), chunk)
     ]
     values = model.bank.decode(torch.cat(drawn), rows.present_BVI)
-    batch = _finished(schema, rows, values, keep_table=task == "row")
+    batch = _finished(schema, rows, values, task)
     return Cohort(batch, model.bank.encode(batch))
 
 
@@ -150,19 +151,20 @@ def _generable(rows: PatientBatch, schema: Schema) -> PatientBatch:
     return dataclasses.replace(rows, present_BVI=present, factor_BVIF=factors, visit_BV=present.any(dim=2))
 
 
-def _finished(schema: Schema, rows: PatientBatch, values: dict[str, Tensor], keep_table: bool) -> PatientBatch:
+def _finished(schema: Schema, rows: PatientBatch, values: dict[str, Tensor], task: SampleTask) -> PatientBatch:
     """Decoded values made into records: tables inside their public range, nothing present that holds no value."""
     present = rows.present_BVI.clone()
     out: dict[str, Tensor] = {}
     for i, (slot, instance) in enumerate(schema.instances()):
         key = slot.key(instance)
-        value = rows.values[key] if slot.kind == "table" and keep_table else values[key]
+        value = rows.values[key] if slot.kind == "table" and task == "row" else values[key]
         if slot.kind in ("table", "series"):
             value = _in_range(value, [column.kind == "numeric" for column in slot.columns])
             seen_BV = torch.isfinite(value).flatten(2).any(dim=2)
             present[:, :, i] &= seen_BV
         out[key] = value
-    factors = _table_factors(schema, out, rows.factor_BVIF) * present[..., None]
+    own = rows.factor_BVIF if task == "conditional" else _table_factors(schema, out, rows.factor_BVIF)
+    factors = own * present[..., None]
     return dataclasses.replace(
         rows,
         values=out,

@@ -1,19 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from medgen_models.adapters import add_lora, trainable, with_weights
-from medgen_models.assembly import StudyModel
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig, TokenCore
 from medgen_models.devices import placed
-from medgen_models.export import load_release_model, save_release_model
 from medgen_models.layout import Layout
 from medgen_models.pretrain import CoreTrainer, Keep, PretrainConfig, pretrain
 from medgen_models.public_model import CARD_FILE, WEIGHTS_FILE, PublicModel
@@ -156,31 +152,6 @@ def test_bfloat16_gives_nearly_the_same_prediction_and_trains(
 def test_no_public_patients_is_an_error(models_schema: Schema) -> None:
     with pytest.raises(ValueError, match="no public patients"):
         pretrain(models_schema, PatientBatch.empty(models_schema, 0), CONFIG, seed=0)
-
-
-def test_released_model_is_the_study_model_with_adapters_merged(model: PublicModel, tmp_path: Path) -> None:
-    adapted = add_lora(model.core, 2, torch.Generator().manual_seed(0))
-    adapted = with_weights(adapted, {name: value + 0.1 for name, value in trainable(adapted, "lora").items()})
-    study = StudyModel(model, model.bank.recentre({"film": torch.ones(8)}), adapted, "lora")
-    save_release_model(study, tmp_path, "ab" * 32, private=False)
-    again = load_release_model(tmp_path)
-    x = torch.randn(2, model.layout.tokens, model.layout.width, generator=torch.Generator().manual_seed(1))
-    state = torch.full((2, model.layout.instances), 2)
-    rest = (
-        state,
-        torch.full(state.shape, 0.5),
-        torch.zeros(2, model.layout.instances, 2, dtype=torch.int64),
-        torch.zeros(state.shape),
-    )
-    torch.testing.assert_close(again.core(x, *rest), adapted(x, *rest), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(again.bank.centres["film.now"], model.bank.centres["film.now"] + 1.0)
-    assert again.facts["plan_hash"] == "ab" * 32
-    assert "Not private" in (tmp_path / "docs" / "README.md").read_text()
-    metadata = json.loads((tmp_path / "configs" / "metadata.json").read_text())
-    assert {"version", "monai_version", "network_data_format", "task"} <= set(metadata)
-    (tmp_path / "models" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="verify the bundle"):
-        load_release_model(tmp_path)
 
 
 def test_presets_do_not_share_state() -> None:
