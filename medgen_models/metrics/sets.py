@@ -116,7 +116,7 @@ def manifold(real_NF: F64, synthetic_MF: F64, neighbours: int = 5) -> Manifold:
 
 
 def kernel_distance(real_NF: F64, synthetic_MF: F64) -> float:
-    """Unbiased squared maximum mean discrepancy with the kernel (x·y / F + 1)^3: KID of Bińkowski et al. (2018), eq. 3-4.
+    """Unbiased squared maximum mean discrepancy with the kernel (x·y / F + 1)^3: KID of Bińkowski et al. (2018).
 
     Zero in expectation for two samples of one distribution, at any size, so it may be negative.
 
@@ -148,7 +148,7 @@ def wasserstein(first_N: F64, second_M: F64, order: int = 1) -> float:
 
 
 def sliced_wasserstein(real_NF: F64, synthetic_MF: F64, seed: int, directions: int = 256) -> float:
-    """Sliced 2-Wasserstein distance: root of the mean squared W2 over random directions, Bonneel et al. (2015), eq. 6.
+    """Sliced 2-Wasserstein distance: root of the mean squared W2 over random directions, Bonneel et al. (2015).
 
     Two sets that differ by a shift alone are that shift over root F apart, up to the draw of the directions.
 
@@ -168,7 +168,7 @@ def sliced_wasserstein(real_NF: F64, synthetic_MF: F64, seed: int, directions: i
 
 
 def support(real_NF: F64, synthetic_MF: F64, levels: int = 100) -> Support:
-    """Alpha-precision, beta-recall and authenticity in a given feature space: Alaa et al. (2022), section 3 and 4.
+    """Alpha-precision, beta-recall and authenticity in a given feature space: Alaa et al. (2022), section 3-4.
 
     The central alpha of a set is the ball around its mean that holds a share alpha of it. A real row is reached at beta if
     the nearest synthetic row of the central beta lies within the distance of the real row to its own nearest neighbour.

@@ -23,7 +23,7 @@ Model = TypeVar("Model")
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """Scores by what was trained and what was tested on: Esteban, Hyland & Rätsch (2017), section 4.
+    """Scores by what was trained and what was tested on: Esteban, Hyland & Rätsch (2017).
 
     Attributes:
         real_to_real: TRTR, the yardstick. synthetic_to_real: TSTR. real_to_synthetic: TRTS.
