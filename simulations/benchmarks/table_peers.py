@@ -10,6 +10,7 @@ a categorical gap is a level of its own. Shape legend: B rows · C columns.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -40,7 +41,7 @@ class PeersAbsent(ValueError):
 
 
 def interpreter(folder: Path, package: str = PACKAGE) -> Path:
-    """Python of the peers' environment in ``folder``, made on the first call.
+    """Python of the peers' environment in ``folder``, made on the first call (over a gigabyte, mostly torch).
 
     The torch of that environment is the release that runs here, so that both sides count with the same kernels.
 
@@ -51,9 +52,13 @@ def interpreter(folder: Path, package: str = PACKAGE) -> Path:
     if ready.is_file() and ready.read_text(encoding="utf-8") == package:
         return python
     own_torch = f"torch=={torch.__version__.split('+')[0]}"
-    _run([sys.executable, "-m", "venv", str(folder)], "making an environment")
-    _run([str(python), "-m", "pip", "install", "--quiet", own_torch, package], f"installing {package}")
-    ready.write_text(package, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # rows of the benchmark run beside each other; one makes it, the others wait
+        if not ready.is_file() or ready.read_text(encoding="utf-8") != package:
+            _run([sys.executable, "-m", "venv", str(folder)], "making an environment")
+            _run([str(python), "-m", "pip", "install", "--quiet", own_torch, package], f"installing {package}")
+            ready.write_text(package, encoding="utf-8")
     return python
 
 

@@ -138,7 +138,6 @@ def test_an_environment_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch
         interpreter(tmp_path / "there")
     assert any("ctgan==" in part for part in called[1])
     assert any(part.startswith("torch==") and "+" not in part for part in called[1])
-    (tmp_path / "there").mkdir()
     (tmp_path / "there" / "ready").write_text(table_peers.PACKAGE, encoding="utf-8")
     called.clear()
     assert interpreter(tmp_path / "there") == tmp_path / "there" / "bin" / "python"
