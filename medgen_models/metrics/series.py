@@ -100,10 +100,11 @@ def compare_series(real_NTC: F64, synthetic_MTC: F64) -> SeriesFidelity:
 
 
 def discriminative_auc(real_NTC: F64, synthetic_MTC: F64, seed: int) -> float:
-    """AUC of telling synthetic series from real ones, out of fold: .5 cannot be told apart (after the discriminative score of Yoon et al. (2019)).
+    """AUC of telling synthetic series from real ones, out of fold: .5 cannot be told apart.
 
-    The classifier of :func:`medgen_models.metrics.table.detection_auc` reads every bin, every change between neighbouring
-    bins, and where nothing was observed; the paper trains a recurrent network, which few patients cannot.
+    After the discriminative score of Yoon et al. (2019). The classifier of
+    :func:`medgen_models.metrics.table.detection_auc` reads every bin, every change between neighbouring bins, and where
+    nothing was observed; they train a recurrent network, for which there are seldom patients enough.
 
     Raises:
         ValueError: a set has too few patients for the folds.

@@ -1,4 +1,4 @@
-"""One evaluation standard for every kind of record: images, table, series, pairs of image and row, and notes.
+"""One evaluation standard for every kind of record: images, table, series and signals, pairs of image and row, notes.
 
 The same function measures a benchmark and a release, so that two of them can be compared figure by figure. Its protocol is
 fixed: real patients are split into two halves, every measure compares the first half with as many synthetic patients as
@@ -191,9 +191,9 @@ def evaluate(
                 figures += _pairs(schema, record, sets, seed) if instance.role == "target" else ()
             case "table":
                 figures += _table(schema, slot, sets, seed)
-            case "series":
-                figures += _series(key, sets, seed)
-            case _:
+            case "series" | "signal":
+                figures += _series(schema, key, sets, seed)
+            case "text":
                 pass
     figures += _text(schema, notes) if notes is not None else ()
     return Standard(
@@ -315,8 +315,15 @@ def _table(schema: Schema, slot: Slot, sets: _Sets, seed: int) -> Iterator[Stand
     yield row("authenticity", made.authenticity, kept.authenticity, "as real")
 
 
-def _series(key: str, sets: _Sets, seed: int) -> Iterator[StandardFigure]:
-    first, second, synthetic = (_array(b, key) for b in sets.each())
+def _series(schema: Schema, key: str, sets: _Sets, seed: int) -> Iterator[StandardFigure]:
+    """A series, or a signal as a series of one channel whose bins are its samples."""
+    place, parts = schema.keys().index(key), []
+    for batch in sets.each():
+        values = _array(batch, key).reshape(
+            len(batch), -1, batch.values[key].shape[3] if batch.values[key].ndim > 3 else 1
+        )
+        parts.append(np.where(batch.present_BVI[:, 0, place].numpy()[:, None, None], values, np.nan))
+    first, second, synthetic = parts
     seen = [np.isfinite(part).any(axis=(1, 2)) for part in (first, second, synthetic)]
     if min(int(each.sum()) for each in seen) < FEWEST:
         return

@@ -52,7 +52,7 @@ def interval_width(draws_KB: F64, level: float = 0.9) -> float:
 
 def crps(draws_KB: F64, truth_B: F64) -> F64:
     """Continuous ranked probability score of each number, fair form: mean |x - y| - mean |x - x'| / 2 over pairs of
-    different draws (Ferro (2014)). In the units of the truth; of one draw's worth of knowledge it is MAE.
+    different draws (Ferro (2014)). In the units of the truth; equal draws score their absolute error.
 
     Raises:
         ValueError: fewer than two draws.

@@ -197,3 +197,25 @@ def test_records_of_too_few_are_left_out_and_too_few_patients_are_refused(real: 
         evaluate(SCHEMA, real, patients(FEWEST - 1, 0), 0)
     with pytest.raises(ValueError, match="40 real and 20 synthetic"):
         evaluate(SCHEMA, patients(2 * FEWEST - 1, 0), made, 0)
+
+
+def test_a_signal_is_a_series_of_one_channel() -> None:
+    schema = Schema(
+        name="signals", slots=(Slot(name="ecg", kind="signal", codec="dct", shape=(64,), sample_seconds=0.01),)
+    )
+
+    def beats(count: int, seed: int, hertz: float) -> PatientBatch:
+        rng = np.random.default_rng(seed)
+        wave = 0.8 * np.sin(hertz * np.arange(64) + rng.uniform(0, 6.28, (count, 1)))
+        batch = PatientBatch.empty(schema, count)
+        batch.values["ecg"][:, 0] = torch.from_numpy(wave.astype(np.float32))
+        batch.present_BVI[: count * 3 // 4], batch.visit_BV[:] = True, True
+        return batch
+
+    real = beats(120, 0, 0.3)
+    good, fast = (evaluate(schema, real, beats(80, 1, hertz), 0) for hertz in (0.3, 0.9))
+    (lag,) = good.of("series", "autocorrelation gap, lag 2")
+    # the correlation of a sine of random phase with itself two samples later is the cosine of the turn
+    assert lag.value == pytest.approx(0.0, abs=0.02)
+    assert fast.mean("series", lag.measure)[0] == pytest.approx(np.cos(0.6) - np.cos(1.8), abs=0.02)
+    assert good.of("series", "channel marginals")[0].patients < 60  # who has none is not counted
