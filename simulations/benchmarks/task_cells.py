@@ -2,8 +2,11 @@
 
 A cell is a pair (pathology, sequence). The model is told the two levels and nothing else, and draws one MRI. Real images
 of a cell are as many phantoms as are wanted, which nobody trained on, the hospitals evenly mixed where the model saw
-hospitals. Two real parts of the same size, of other patients, give the floor of every distance here. Distances are taken
-without air (:data:`AIR`): the noise of air is the one thing that no codec keeps, and would outweigh everything else.
+hospitals. Two real parts of the same size, of other patients, give the floor of every distance here.
+
+Distances are taken in two feature spaces, both without air (:data:`AIR`), whose noise no codec keeps and which would
+outweigh everything else. Radiomics see texture wherever it is: a sequence far better than a pathology, whose neighbours of
+the same sequence lie about as near as two real parts. Principal components of real images see where something is bright.
 
 The classifier is fitted on real images of all cells, the two held-out ones among them, and knows no codec: principal
 components of means over blocks of two voxels. It names the sequence first, then the pathology within that sequence, since
@@ -42,6 +45,7 @@ from simulations.phantom_attributes import measure_mri
 from simulations.phantom_population import PATHOLOGIES, SEQUENCES, Latents, Profile, draw_latents
 
 PRIVACIES: tuple[Privacy, ...] = ("public", "inf", "8")
+USES_THE_WORLD = True
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Cell = tuple[str, str]
@@ -55,7 +59,8 @@ RESCALE = 0.7
 STEPS = 16
 AIR = -0.85
 """Intensity below which a voxel is air."""
-COMPONENTS = 100
+COMPONENTS, FEATURES = 100, 20
+"""Principal components that the classifier reads, and those that distances are taken in."""
 COUNTERFACTUALS: tuple[tuple[str, str, str], ...] = (
     ("dementia", "T1w", "ventricle_ml"),
     ("glioma", "T2w", "lesion_load"),
@@ -113,6 +118,10 @@ class Reader:
         ]
         return np.stack(each_SN)[sequence_N, np.arange(len(images_NX))], sequence_N
 
+    def components(self, images_NX: F32) -> F64:
+        """The first principal components of all real images, for distances."""
+        return np.asarray(self.views[0].transform(blocks(images_NX))[:, :FEATURES], np.float64)
+
     def told(self, images: Mapping[Cell, F32]) -> Told:
         """How often both factors of images are recognised."""
         found = self.read(_stacked(images))
@@ -128,14 +137,16 @@ def figures(place: Place) -> list[Figure]:
     model = place.model()
     real = real_cells(profiles, 3 * per_cell, _REFERENCE + place.seed)
     drawn = draw_cells(model, CELLS, per_cell, min(STEPS, place.sizes.sampler_steps), place.seed)
-    first, second, third = ({cell: images[k::3] for cell, images in real.items()} for k in range(3))
-    texture = [
-        {cell: radiomics(without_air(x)).values_BF for cell, x in part.items()} for part in (first, second, drawn)
-    ]
-    own, other, made = _in_units_of(texture[0], *texture)
-    out = _distances(own, other, made, per_cell)
-    out += [_diversity(cell, first[cell], drawn[cell]) for cell in CELLS]
+    first, second, third = (
+        {cell: images[k * per_cell : (k + 1) * per_cell] for cell, images in real.items()} for k in range(3)
+    )
     reader = Reader.fit({cell: np.concatenate([first[cell], third[cell]]) for cell in CELLS}, place.seed)
+    out = []
+    for space, features in (("radiomics", texture), ("components", reader.components)):
+        parts = [{cell: features(without_air(x)) for cell, x in part.items()} for part in (first, second, drawn)]
+        own, other, made = _in_units_of(parts[0], *parts) if space == "radiomics" else parts
+        out += _distances(own, other, made, f"FD ({space}, {per_cell} images)")
+    out += [_diversity(cell, first[cell], drawn[cell]) for cell in CELLS]
     out += _recognised(reader, model, second, drawn)
     return out + counterfactuals(model, first, per_cell, place)
 
@@ -266,6 +277,13 @@ def blocks(images_NX: F32) -> F64:
     return halve(np.asarray(images_NX, np.float64)).reshape(len(images_NX), -1)
 
 
+def texture(images_NX: F32) -> F64:
+    """Radiomics, less the percentiles that fall into air or onto its border."""
+    found = radiomics(images_NX)
+    keep = [k for k, name in enumerate(found.names) if name.split("@")[0] not in ("p5", "p25", "p50")]
+    return found.values_BF[:, keep]
+
+
 def without_air(images_NX: F32) -> F32:
     """Images whose air, everything darker than :data:`AIR`, is one value."""
     return np.asarray(np.where(images_NX < AIR, -1.0, images_NX), np.float32)
@@ -313,7 +331,7 @@ def counterfactuals(model: StudyModel, real: Mapping[Cell, F32], per_cell: int, 
 
 
 def _distances(
-    first: Mapping[Cell, F64], second: Mapping[Cell, F64], made: Mapping[Cell, F64], per_cell: int
+    first: Mapping[Cell, F64], second: Mapping[Cell, F64], made: Mapping[Cell, F64], measure: str
 ) -> list[Figure]:
     """Fréchet distance of each cell, against the floor and against the nearest other real cell."""
     out, found = [], []
@@ -324,7 +342,7 @@ def _distances(
         nearest = min(beside.values())
         found.append((own, floor, nearest))
         peers = {"between real halves": floor, "nearest other real cell": nearest}
-        name = f"FD of generated {cell[0]} {cell[1]} to real ({per_cell} images)"
+        name = f"{measure} of generated {cell[0]} {cell[1]} to real"
         if cell in HELD_CELLS:
             seen = min(value for other, value in beside.items() if other in SEEN)
             out.append(Figure(f"{name}, held out of training", own, peers=peers, bar=seen, at="most"))
@@ -334,8 +352,8 @@ def _distances(
     closer = float(np.mean(near < others))
     means = {"between real halves": float(np.mean(floors)), "nearest other real cell": float(np.mean(others))}
     return [
-        Figure(f"FD of generated cells to real, mean of {len(CELLS)}", float(np.mean(near)), peers=means),
-        Figure(f"share of {len(CELLS)} cells that are nearer to real than the nearest other real cell is", closer),
+        Figure(f"{measure} of generated cells to real, mean of {len(CELLS)}", float(np.mean(near)), peers=means),
+        Figure(f"{measure}: share of {len(CELLS)} cells nearer to real than the nearest other real cell is", closer),
         *out,
     ]
 

@@ -4,8 +4,9 @@ A public model is trained on stand-ins (:func:`simulations.public_populations.li
 vendors go on with it as two sites, and PET of the third vendor's patients is estimated from their MRI alone. Every
 patient is tested once, by a model that saw nobody of the same vendor. The table is left out: it holds the uptake.
 
-With 8 to 18 patients to train on, epsilon 8 is noise many times larger than what the patients say; the figures show what
-is left of it. Intervals are over patients. Shape legend: B patients, X voxels, N tokens, W token width.
+With 8 to 18 patients to train on, epsilon 8 is noise many times larger than what the patients say: a noised mean token
+vector would be noise alone and is not asked for, and steps wander. The figures show what is left. Intervals are over
+patients. Shape legend: B patients, X voxels, N tokens, W token width.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from simulations.benchmarks.tasks_world import Place, Sizes
 from simulations.public_populations import limb_population
 
 PRIVACIES: tuple[Privacy, ...] = ("public", "inf", "8")
+USES_THE_WORLD = False
 F64 = NDArray[np.float64]
 SHARES = Shares(row=0.1, joint=0.1, subset=0.7, update=0.0, dropped=0.1)
 """Subsets are commonest: this model is asked for nothing but a missing image."""
@@ -120,8 +122,10 @@ def trained(public: PublicModel, sites: Sequence[PatientBatch], place: Place) ->
     """(model, epsilon, noise multiplier of the core) after recentring and private steps at the sites."""
     if place.privacy == "public":
         return assemble(public, {}, "all", RANK), 0.0, math.nan
-    plan, noise = plan_of(public, place), system_noise()
-    cell = Cell(name=place.privacy, epsilon=plan.target_epsilon)
+    people = [len(batch) for batch in sites]
+    plan, noise = plan_of(public, place, people), system_noise()
+    asked = any(stage.name == RECENTRE for stage in plan.stages)
+    cell = Cell(name=place.privacy, epsilon=plan.target_epsilon, recentred=asked)
     held = [
         Site(public.bank.encode(batch), np.zeros((len(batch), 0), np.int64), torch.zeros(len(batch), dtype=torch.int64))
         for batch in sites
@@ -131,22 +135,34 @@ def trained(public: PublicModel, sites: Sequence[PatientBatch], place: Place) ->
     return assemble(public, state, "all", RANK), plan.epsilon, plan.training(CORE).sigma
 
 
-def plan_of(public: PublicModel, place: Place) -> DPPlan:
-    """Recentring and the core's steps, calibrated together."""
-    sizes = place.sizes
-    stages = (
-        QueryStage(name=RECENTRE, sigma=QUERY_SIGMA[RECENTRE], sensitivity=public.recentre_norm),
-        TrainingStage(
-            name=CORE,
-            sampling_rate=SAMPLING_RATE,
-            steps=sizes.steps,
-            rounds=sizes.rounds,
-            spare_rounds=0,
-            clip=public.clip_norms["all"],
-            draws=sizes.draws,
-        ),
+def plan_of(public: PublicModel, place: Place, people: Sequence[int]) -> DPPlan:
+    """The core's steps, and recentring before them where its noise leaves anything of it; calibrated together.
+
+    Args:
+        public: where training starts.
+        place: sizes and epsilon.
+        people: declared patients of each site.
+    """
+    sizes, epsilon = place.sizes, math.inf if place.privacy == "inf" else float(place.privacy)
+    query = QueryStage(name=RECENTRE, sigma=QUERY_SIGMA[RECENTRE], sensitivity=public.recentre_norm)
+    training = TrainingStage(
+        name=CORE,
+        sampling_rate=SAMPLING_RATE,
+        steps=sizes.steps,
+        rounds=sizes.rounds,
+        spare_rounds=0,
+        clip=public.clip_norms["all"],
+        draws=sizes.draws,
     )
-    return DPPlan(stages=stages, delta=DELTA).calibrate(math.inf if place.privacy == "inf" else float(place.privacy))
+    worth = math.isinf(epsilon) or recentring_noise(public, people) < 1.0
+    return DPPlan(stages=(query, training) if worth else (training,), delta=DELTA).calibrate(epsilon)
+
+
+def recentring_noise(public: PublicModel, people: Sequence[int]) -> float:
+    """Expected length of the noise in a mean token vector, over the median length of a public patient's vector."""
+    layout = public.layout
+    numbers = sum(layout.tokens_I[i] * layout.width_I[i] + 1 for i in (layout.place("mri"), layout.place("pet")))
+    return QUERY_SIGMA[RECENTRE] * math.sqrt(len(people) * numbers) / sum(people)
 
 
 def from_mri(model: StudyModel, batch: PatientBatch, steps: int, seed: int) -> F64:
