@@ -1,10 +1,11 @@
 """Tasks as patterns of states: what is given, what is drawn, what is left out.
 
-Shape legend: B patients, V visits, I instances.
+Shape legend: B patients, V visits, I instances, N tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from medgen_models.core import ABSENT, GIVEN, NOISED, REFERENCE
 from medgen_models.layout import Layout
+from medgen_models.tokens import TokenBatch
 
 Task = Literal["joint", "row", "impute", "conditional", "update"]
 
@@ -71,3 +73,23 @@ def states_for(
             given, drawn = known & ~chosen, present_BVI & chosen
     out = torch.where(given, clean, torch.full_like(clean, ABSENT))
     return torch.where(drawn, torch.full_like(clean, NOISED), out)
+
+
+def withheld(tokens: TokenBatch, layout: Layout, known_BVI: Tensor) -> TokenBatch:
+    """``tokens`` as they look to somebody who knows the instances ``known_BVI`` alone.
+
+    Tokens and weights of the others are 0, and where the table is not known neither are the factors that one of its columns
+    carries: the pathology on an MRI's label would tell what the row, or the image that is to be drawn, shall not. What is
+    present, gaps and free factors (a sequence that was ordered, a tracer) stay: they say what is to be drawn.
+    """
+    known = tokens.present_BVI & known_BVI
+    spread_BVN1 = (known.to(tokens.z_BVNW.dtype) @ layout.onehot_NI().mT)[..., None]
+    has_row = (known & torch.tensor(layout.of_kind("table"))).any(-1)
+    of_row = torch.tensor(layout.row_factors(), dtype=torch.bool)
+    hidden_BVIF = of_row & ~has_row[..., None, None]
+    return dataclasses.replace(
+        tokens,
+        z_BVNW=tokens.z_BVNW * spread_BVN1,
+        weight_BVNW=tokens.weight_BVNW * spread_BVN1,
+        factor_BVIF=torch.where(hidden_BVIF, 0, tokens.factor_BVIF),
+    )

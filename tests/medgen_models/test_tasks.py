@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from medgen_models.core import ABSENT, GIVEN, NOISED, REFERENCE
 from medgen_models.layout import Layout
-from medgen_models.tasks import states_for
+from medgen_models.tasks import states_for, withheld
+from medgen_models.tokens import TokenBatch
 
 # Instances: scan.a, scan.b, film.now, film.before, scope, ehr, vitals, note
 A, G, N, R = ABSENT, GIVEN, NOISED, REFERENCE
@@ -47,3 +50,25 @@ def test_missing_arguments_are_named(models_layout: Layout) -> None:
         states_for("conditional", models_layout, present)
     with pytest.raises(ValueError, match="unknown instance"):
         states_for("conditional", models_layout, present, keys=("scan.z",))
+
+
+def test_who_lacks_the_row_sees_nothing_of_it(models_layout: Layout) -> None:
+    """Two patients, the second without the row: his tokens and the label that a column carries are gone, his scan is not."""
+    tokens = TokenBatch.empty(models_layout, 2)
+    full = dataclasses.replace(
+        tokens,
+        z_BVNW=torch.ones_like(tokens.z_BVNW),
+        weight_BVNW=torch.ones_like(tokens.weight_BVNW),
+        present_BVI=torch.ones_like(tokens.present_BVI),
+        factor_BVIF=torch.ones_like(tokens.factor_BVIF),
+    )
+    known = torch.ones_like(full.present_BVI)
+    known[1, :, models_layout.place("ehr")] = False
+    shown = withheld(full, models_layout, known)
+    row = models_layout.span(models_layout.place("ehr"))
+    assert torch.equal(shown.z_BVNW[0], full.z_BVNW[0])
+    assert float(shown.z_BVNW[1, :, row].abs().max()) == float(shown.weight_BVNW[1, :, row].max()) == 0.0
+    assert float(shown.z_BVNW[1, :, models_layout.span(0)].min()) == 1.0
+    assert shown.factor_BVIF[1, 0, 0].tolist() == [1, 0]
+    assert shown.factor_BVIF[0, 0, 0].tolist() == [1, 1]
+    assert torch.equal(shown.present_BVI, full.present_BVI)
