@@ -7,9 +7,9 @@ its shapes from the metadata and holds every array of the model: the core's weig
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -30,20 +30,21 @@ class BundledNetwork(nn.Module):
     """Codecs and core of a released model; zeros until weights are copied in or :meth:`read`.
 
     Args:
-        facts: the ``medgen`` part of a bundle's metadata.
+        text: the ``medgen`` part of a bundle's metadata, JSON.
 
     Raises:
         ValueError: facts of another format.
     """
 
-    def __init__(self, facts: Mapping[str, Any]) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
         try:
+            facts = json.loads(text)
             self.schema = Schema.model_validate(facts["schema"])
             self.gap_quantiles = {key: tuple(value) for key, value in facts["gap_quantiles"].items()}
             shapes = {name: (tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in facts["arrays"].items()}
             config = CoreConfig(**facts["core"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"the bundle's metadata are of another format ({error}); export the model again"
             ) from error

@@ -2,7 +2,7 @@
 
     models/model.safetensors   every array of core and codecs; the file that is meant to be read
     models/model.pt            the same arrays as a state dictionary: MONAI's loader looks for this name and reads nothing else
-    configs/metadata.json      MONAI's metadata, and under ``medgen`` everything that rebuilds the model
+    configs/metadata.json      MONAI's metadata, and under ``medgen``, as JSON in a text, all that rebuilds the model
     configs/inference.json     what MONAI's parser instantiates and runs: network, sampler, writer of the cohort
     docs/README.md             the card for readers
 
@@ -126,13 +126,12 @@ def save_release_model(
         "public": dict(model.public.card),
         "parameters": sum(p.numel() for p in core.parameters()),
     }
-    _refuse_expressions(facts, "metadata")
-    state = io.BytesIO()
-    torch.save(BundledNetwork(facts).fill(tensors).state_dict(), state)
+    text, state = inert(facts), io.BytesIO()
+    torch.save(BundledNetwork(text).fill(tensors).state_dict(), state)
     files = {
         WEIGHTS: body,
         STATE: state.getvalue(),
-        METADATA: json.dumps(_metadata(model, facts), indent=2, sort_keys=True).encode(),
+        METADATA: json.dumps(_metadata(model, text), indent=2, sort_keys=True).encode(),
         INFERENCE: json.dumps(_inference(inference), indent=2).encode(),
         CARD: _card(model, facts).encode(),
     }
@@ -142,30 +141,21 @@ def save_release_model(
         path.write_bytes(content)
 
 
-def _refuse_expressions(content: Any, where: str) -> None:
-    """MONAI's parser runs a text that begins with ``$`` and follows one with ``@``; metadata must stay text.
-
-    Raises:
-        ValueError: such a text, or a key that the parser instantiates.
-    """
-    match content:
-        case str() if content.lstrip().startswith(("$", "@", "%")):
-            raise ValueError(
-                f"{where}: {content[:40]!r} would be run by MONAI's parser; begin it with another character"
-            )
-        case dict():
-            if "_target_" in content:
-                raise ValueError(f"{where}: a key '_target_' would be instantiated by MONAI's parser; rename it")
-            for name, value in content.items():
-                _refuse_expressions(value, f"{where}.{name}")
-        case list() | tuple():
-            for value in content:
-                _refuse_expressions(value, where)
-
-
 def canonical(content: Any) -> bytes:
     """Canonical JSON, of which digests are taken."""
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def inert(content: Any) -> str:
+    """Canonical JSON as one text in which MONAI's parser finds nothing to run, follow or open.
+
+    It runs a text that begins with ``$``, follows ``@``, opens ``%`` and rewrites ``##``, at any depth; a unit of ``%`` is
+    enough to break it. In JSON these characters stand within strings only, and may be written by their numbers.
+    """
+    text = canonical(content).decode()
+    for character in "$@%#":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
 def load_release_model(folder: Path) -> ReleasedModel:
@@ -175,11 +165,12 @@ def load_release_model(folder: Path) -> ReleasedModel:
         ValueError: a missing or torn file, or weights that are not those the metadata names.
     """
     try:
-        facts = json.loads((folder / METADATA).read_text(encoding="utf-8"))["medgen"]
+        text = json.loads((folder / METADATA).read_text(encoding="utf-8"))["medgen"]
+        facts = json.loads(text)
         body = (folder / WEIGHTS).read_bytes()
         if hashlib.sha256(body).hexdigest() != facts["weights_sha256"]:
             raise ValueError("the weights do not match the digest in the metadata")
-        network = BundledNetwork(facts).fill(load_tensors(body))
+        network = BundledNetwork(text).fill(load_tensors(body))
         flow = FlowConfig(**(facts["flow"] | {"shares": Shares(**facts["flow"]["shares"])}))
         names = ("plan_hash", "private", "ledger_heads", "weights_sha256", "statement_sha256", "trained")
         kept = {name: facts[name] for name in names}
@@ -193,13 +184,13 @@ def _inference(further: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "bundle_root": ".",
         "device": "cpu",
-        "network_def": {"_target_": "medgen_models.bundle_network.BundledNetwork", "facts": "$@_meta_#medgen"},
+        "network_def": {"_target_": "medgen_models.bundle_network.BundledNetwork", "text": "@_meta_#medgen"},
         "network": "$@network_def.read(@bundle_root).to(@device)",
         **further,
     }
 
 
-def _metadata(model: StudyModel, facts: dict[str, Any]) -> dict[str, Any]:
+def _metadata(model: StudyModel, facts: str) -> dict[str, Any]:
     """Metadata in the shape of MONAI's bundle specification."""
     layout = model.layout
     tokens = {
