@@ -76,13 +76,19 @@ def frechet_distance(real_NF: F64, synthetic_MF: F64) -> float:
     return max(0.0, float(apart @ apart + np.trace(first) + np.trace(second) - 2.0 * cross))
 
 
-def standardise(reference_NF: F64, *others: F64) -> tuple[F64, ...]:
+def standardise(reference_NF: F64, *others: F64, least: float = 0.0) -> tuple[F64, ...]:
     """All sets in units of the reference's mean and standard deviation per feature; the reference comes first.
 
     A feature that is constant in the reference is only centred.
+
+    Args:
+        reference_NF: the real patients.
+        others: sets on the same features.
+        least: smallest unit. The air around a head may differ by 1e-4 of the range among real scans; without a smallest
+            unit that one feature outweighs all others in every distance, for a difference that nobody can see.
     """
     mean, sd = reference_NF.mean(axis=0), reference_NF.std(axis=0)
-    unit = np.where(sd > 1e-12, sd, 1.0)
+    unit = np.maximum(np.where(sd > 1e-12, sd, least if least > 0 else 1.0), least)
     return tuple(np.asarray((rows - mean) / unit) for rows in (reference_NF, *others))
 
 

@@ -57,6 +57,9 @@ BINS = 8
 SHOWN = 0.15
 """A column belongs to the pairs if real images foretell it: by this much above an AUC of one half, or of the error."""
 
+RESOLUTION = 0.01
+"""Smallest unit of a radiomic feature: half a percent of the public range of intensities."""
+
 OWN_ROW, SIMILARITY_GAP, NOTE_CHANGE = "share kept of the own row", "similarity gap", "change by another note"
 
 
@@ -236,7 +239,7 @@ def _image(record: _Record, spaces: Sequence[FeatureSpace], seed: int) -> Iterat
     def row(measure: str, value: float, floor: float, better: Better) -> StandardFigure:
         return StandardFigure("image", record.key, measure, value, floor, better, record.patients)
 
-    a, b, s = standardise(*record.features)
+    a, b, s = standardise(*record.features, least=RESOLUTION)
     yield row(f"FD, {measures().name}", frechet_distance(a, s), frechet_distance(a, b), "lower")
     yield row("KID", kernel_distance(a, s), kernel_distance(a, b), "lower")
     yield row("sliced W2", sliced_wasserstein(a, s, seed), sliced_wasserstein(a, b, seed), "lower")

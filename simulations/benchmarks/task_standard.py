@@ -18,7 +18,7 @@ from sklearn.model_selection import KFold
 from medgen_models.heads import outcome_labels
 from medgen_models.metrics.features import measures
 from medgen_models.metrics.sets import kernel_distance, standardise
-from medgen_models.metrics.standard import NOTE_CHANGE, OWN_ROW, SIMILARITY_GAP, Part, Standard, evaluate
+from medgen_models.metrics.standard import NOTE_CHANGE, OWN_ROW, RESOLUTION, SIMILARITY_GAP, Part, Standard, evaluate
 from medgen_models.metrics.subgroups import by_subgroup, gap
 from medgen_models.metrics.table import auc, column_shapes
 from medgen_models.schema import PatientBatch, Schema, unscale
@@ -190,7 +190,7 @@ def _film_features(
         for batch, mask in zip((real, synthetic), filmed, strict=True)
     ]
     full = []
-    for values, mask in zip(standardise(*found), filmed, strict=True):
+    for values, mask in zip(standardise(*found, least=RESOLUTION), filmed, strict=True):
         every = np.zeros((len(mask), values.shape[1]))
         every[mask] = values
         full.append(every)

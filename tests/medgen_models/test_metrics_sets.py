@@ -52,6 +52,9 @@ def test_standardise_uses_the_reference_alone() -> None:
     first, second = standardise(reference, other)
     np.testing.assert_allclose(first, [[-1, 0], [1, 0]])
     np.testing.assert_allclose(second, [[2, 2]])
+    # with a smallest unit of 4, deviations 1 and 0 both count as 4
+    np.testing.assert_allclose(standardise(reference, other, least=4.0)[1], [[0.5, 0.5]])
+    np.testing.assert_allclose(standardise(reference, other, least=0.5)[1], [[2, 4]])
 
 
 def test_manifold_by_hand() -> None:
