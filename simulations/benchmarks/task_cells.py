@@ -54,9 +54,9 @@ CELLS: tuple[Cell, ...] = tuple(itertools.product(PATHOLOGIES, SEQUENCES))
 SEEN: tuple[Cell, ...] = tuple(cell for cell in CELLS if cell not in HELD_CELLS)
 SLOT, PLACE = "mri", "mri.a"
 """The instance that is drawn: a patient with one MRI has it here."""
-GUIDANCE: Mapping[str, float] = {"pathology": 2.0, "sequence": 1.5}
+GUIDANCE: Mapping[str, float] = {"pathology": 4.0, "sequence": 1.0}
 RESCALE = 0.7
-STEPS = 16
+STEPS = 10
 AIR = -0.85
 """Intensity below which a voxel is air."""
 COMPONENTS, FEATURES = 100, 20
