@@ -10,7 +10,7 @@ Shape legend: B patients, A image attributes, C table columns.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from medgen_models.core import ABSENT, GIVEN, NOISED, REFERENCE
+from medgen_models.heads import fit_predictor, outcome_labels
 from medgen_models.metrics.coherence import compare_correlations, correlations
 from medgen_models.metrics.image import mae, psnr
 from medgen_models.metrics.table import auc
@@ -55,6 +56,7 @@ Measure = Literal[
     "PSNR of FDG PET imputed from MRI and row",
     "share of correlations between images and rows that images drawn given rows keep",
     "AUROC of the outcome foretold from films, vitals and note",
+    "AUROC of the outcome foretold from the note alone",
     "change of the outcome's log odds where the note says that somebody lives alone",
 ]
 LESS_IS_BETTER: tuple[Measure, ...] = (
@@ -72,6 +74,10 @@ OWN: Mapping[VariantName, Measure] = {
     "no fusion": "share of correlations between images and rows that images drawn given rows keep",
 }
 """What each part is there for."""
+_OF_NOTES: tuple[Measure, Measure] = (
+    "AUROC of the outcome foretold from the note alone",
+    "change of the outcome's log odds where the note says that somebody lives alone",
+)
 _STEPS = 12
 _MOST = 300
 """Patients who are imputed, and who are drawn."""
@@ -85,6 +91,7 @@ class Patients:
         serial, twins, other_notes: patients with both films; the same with another fluid balance; with the other household.
         latents, twin_latents: what lies behind the first two.
         brains: test patients with MRI and FDG PET; everybody: test patients.
+        public: who the variants were trained on.
     """
 
     schema: Schema
@@ -95,6 +102,7 @@ class Patients:
     twin_latents: Latents
     brains: PatientBatch
     everybody: PatientBatch
+    public: PatientBatch
 
 
 def figures(place: Place) -> list[Figure]:
@@ -106,6 +114,10 @@ def figures(place: Place) -> list[Figure]:
     for name in VARIANTS[1:]:
         for measure, value in found[name].items():
             out.append(Figure(f"{name}: {measure}", value, UNITS.get(measure, ""), {"full": full[measure]}))
+    by_regression = notes_by_regression(people, place.seed)
+    for measure, value in zip(_OF_NOTES, by_regression, strict=True):
+        peers = {"logistic regression on public notes": value}
+        out.append(Figure(f"full model: {measure}", full[measure], peers=peers))
     for name, measure in OWN.items():
         gain = full[measure] - found[name][measure]
         words = f"what is lost with {name!r} in the {measure}"
@@ -117,7 +129,8 @@ def figures(place: Place) -> list[Figure]:
 
 def patients(place: Place) -> Patients:
     """The test patients, and serial ones with their twins."""
-    schema, everybody = phantoms.demo_schema(), place.test()
+    schema, world = phantoms.demo_schema(), place.world()
+    everybody = world.public_test
     serial, latents = serial_patients(place)
     twins, twin_latents = serial_patients(place, exchanged_balance)
     keys = schema.keys()
@@ -131,6 +144,7 @@ def patients(place: Place) -> Patients:
         twin_latents=twin_latents,
         brains=everybody.select(have.nonzero().flatten()[:_MOST]),
         everybody=everybody.select(list(range(min(len(everybody), _MOST)))),
+        public=world.public,
     )
 
 
@@ -211,26 +225,49 @@ def _foretold(model: PublicModel, name: VariantName, people: Patients) -> dict[M
 
     Who lives alone stands in the note alone and adds 0.9 to the true log odds of the outcome, whatever else is known.
     """
-    odds_B, other_B = (
-        log_odds(model, without(people.schema, each, name)) for each in (people.serial, people.other_notes)
-    )
-    alone_B = people.latents.lives_alone == 1
-    noted_B = people.serial.present_BVI[:, 0, people.schema.keys().index("note")].numpy()
-    change_B = np.where(alone_B, odds_B - other_B, other_B - odds_B)
+    known, other = (without(people.schema, each, name) for each in (people.serial, people.other_notes))
+    odds_B = log_odds(model, known)
     return {
         "AUROC of the outcome foretold from films, vitals and note": auc(people.latents.outcome > 0, odds_B),
-        "change of the outcome's log odds where the note says that somebody lives alone": float(
-            change_B[noted_B].mean()
+        "AUROC of the outcome foretold from the note alone": auc(
+            people.latents.outcome > 0, log_odds(model, known, ("note",))
+        ),
+        "change of the outcome's log odds where the note says that somebody lives alone": _alone(
+            people, odds_B, log_odds(model, other)
         ),
     }
 
 
-def log_odds(model: PublicModel, batch: PatientBatch) -> F64:
-    """Log odds of the outcome (B,) that one pass of the core gives to a row yet to be drawn, given all else."""
+def _alone(people: Patients, odds_B: F64, other_B: F64) -> float:
+    """Mean log odds with a note that says "alone" less those with one that says "family", over patients with a note."""
+    change_B = np.where(people.latents.lives_alone == 1, odds_B - other_B, other_B - odds_B)
+    noted_B = people.serial.present_BVI[:, 0, people.schema.keys().index("note")].numpy()
+    return float(change_B[noted_B].mean()) if noted_B.any() else float("nan")
+
+
+def notes_by_regression(people: Patients, seed: int) -> tuple[float, float]:
+    """(AUROC of the outcome, change of its log odds) of logistic regression on the codes of public patients' notes."""
+
+    def codes(batch: PatientBatch) -> F64:
+        return batch.values["note"][:, 0].flatten(1).double().numpy()
+
+    def odds(batch: PatientBatch) -> F64:
+        chance_B = head.predict(codes(batch))[:, 1].clip(1e-6, 1.0 - 1e-6)
+        return np.asarray(np.log(chance_B / (1.0 - chance_B)))
+
+    outcome_B = outcome_labels(people.schema, people.public, "outcome")
+    head = fit_predictor(codes(people.public), outcome_B, 2, seed, "linear")
+    odds_B = odds(people.serial)
+    return auc(people.latents.outcome > 0, odds_B), _alone(people, odds_B, odds(people.other_notes))
+
+
+def log_odds(model: PublicModel, batch: PatientBatch, slots: Collection[str] = ()) -> F64:
+    """Log odds of the outcome (B,) that one pass of the core gives to a row yet to be drawn, given ``slots`` (all others)."""
     layout, given = model.layout, model.bank.encode(batch)
     row = layout.place("ehr")
     clean = torch.tensor([REFERENCE if target >= 0 else GIVEN for target in layout.references()])
-    state_BVI = torch.where(given.present_BVI, clean, ABSENT)
+    told = torch.tensor([not slots or slot.name in slots for slot, _ in layout.pairs()])
+    state_BVI = torch.where(given.present_BVI & told, clean, ABSENT)
     state_BVI[:, :, row] = NOISED
     names = [column.name for column in layout.schema.table_columns()]
     at = layout.start_I[row] + names.index("outcome")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from simulations import phantoms
 from simulations.benchmarks import task_ablations
 from simulations.benchmarks.task_ablations import LESS_IS_BETTER, OWN, VARIANTS, Patients, log_odds, measures
 from simulations.benchmarks.tasks_world import Place, Sizes, without
@@ -55,6 +56,24 @@ def test_a_variant_without_record_moves_with_none_and_foretells_nothing(place: P
     assert not bool(hidden.present_BVI[:, :, torch.tensor(gone)].any())
 
 
+def test_regression_finds_what_only_notes_tell(people: Patients) -> None:
+    """Where the outcome is who lives alone, notes of other patients tell it, and far from chance."""
+    schema = people.schema
+    profile = phantoms.Profile(mri_share=0.0, fdg_share=0.0, av45_share=0.0, note_share=1.0)
+    drawn = phantoms.make_patients(400, 5, profile)
+    public = phantoms.to_batch(schema, drawn)
+    at = [column.name for column in schema.table_columns()].index("outcome")
+    public.values["ehr"][:, 0, at] = torch.from_numpy(drawn.latents.lives_alone).float()
+    told = dataclasses.replace(
+        people,
+        public=public,
+        latents=dataclasses.replace(people.latents, outcome=people.latents.lives_alone),
+    )
+    area, change = task_ablations.notes_by_regression(told, 0)
+    assert area > 0.85
+    assert change > 2.0
+
+
 def test_a_variant_without_notes_is_not_moved_by_them(place: Place, people: Patients) -> None:
     found = measures(place.variant("no text"), "no text", people, 0)
     assert found["change of the outcome's log odds where the note says that somebody lives alone"] == 0.0
@@ -62,7 +81,7 @@ def test_a_variant_without_notes_is_not_moved_by_them(place: Place, people: Pati
 
 def test_all_figures_of_a_tiny_world(place: Place) -> None:
     found = {figure.name: figure for figure in task_ablations.figures(place)}
-    assert len(found) == len(OWN) * (7 + 1)
+    assert len(found) == len(OWN) * (8 + 1) + 2
     assert set(OWN) == set(VARIANTS) - {"full"}
     for name, measure in OWN.items():
         each, lost = found[f"{name}: {measure}"], found[f"what is lost with {name!r} in the {measure}"]
