@@ -140,12 +140,22 @@ class _Trunk(nn.Module):
 
 
 class _SlotDoor(nn.Module):
-    """What belongs to one slot: token projections, positions and one embedding per instance."""
+    """What belongs to one slot: token projections, positions and one embedding per instance.
 
-    def __init__(self, width: int, tokens: int, token_width: int, instances: int) -> None:
+    A slot with references has a second way in: each token of a later image also enters with the same token of the earlier
+    one, as the earlier latent is concatenated to the noised one in Yao et al. (2024). Attention alone takes several times
+    as many steps to find which token precedes which.
+    """
+
+    refer: nn.Parameter
+
+    def __init__(self, width: int, tokens: int, token_width: int, instances: int, referred: bool) -> None:
         super().__init__()
         self.enter = _linear(token_width, width)
         self.leave = _linear(width, token_width)
+        self.referred = referred
+        if referred:
+            self.refer = nn.Parameter(torch.zeros(width, token_width))
         self.position = nn.Parameter(torch.zeros(tokens, width))
         self.instance = nn.Parameter(torch.zeros(instances, width))
 
@@ -171,6 +181,7 @@ class TokenCore(nn.Module):
 
     onehot_NI: Tensor
     spread_MJ: Tensor
+    precedes_NN: Tensor
     geometry_IC: Tensor
     category_NW: Tensor
     levels_N1: Tensor
@@ -186,7 +197,13 @@ class TokenCore(nn.Module):
         self.trunk = _Trunk(config, geometry_IC.shape[1])
         self.slot = nn.ModuleDict(
             {
-                name: _SlotDoor(config.width, layout.tokens_I[own[0]], layout.width_I[own[0]], len(own))
+                name: _SlotDoor(
+                    config.width,
+                    layout.tokens_I[own[0]],
+                    layout.width_I[own[0]],
+                    len(own),
+                    any(layout.references()[i] in own for i in own),
+                )
                 for name, own in zip(layout.slots, sizes, strict=True)
             }
         )
@@ -196,6 +213,7 @@ class TokenCore(nn.Module):
         spread[0, 0] = 1.0
         spread[1:, 1:] = layout.onehot_NI()
         self.register_buffer("spread_MJ", spread, persistent=False)
+        self.register_buffer("precedes_NN", layout.precedes_NN(), persistent=False)
         self.register_buffer("geometry_IC", geometry_IC, persistent=False)
         # Codes occupy the tokens of one table; softmax runs over these alone.
         rows = categories.mask_NW.sum(dim=1).nonzero().flatten()
@@ -220,7 +238,7 @@ class TokenCore(nn.Module):
             last = name.rsplit(".", 1)[-1]
             if "modulate." in name or ".leave." in name or last in ("bias", "lora_B"):
                 parameter.zero_()
-            elif (last == "weight" and not name.startswith("factor.")) or last == "lora_A":
+            elif (last == "weight" and not name.startswith("factor.")) or last in ("lora_A", "refer"):
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
             else:
                 spread = {"position": 1.0, "instance": 0.5}.get(last, 0.1)
@@ -250,7 +268,8 @@ class TokenCore(nn.Module):
         time_GN1 = (time_GI @ self.onehot_NI.mT)[..., None]
         skip_GN1, out_GN1, in_GN1 = preconditioning(time_GN1)
         attended_GM = nn.functional.pad(present_GN, (1, 0), value=1.0)
-        h_GME = self._enter(x_GNW * in_GN1)
+        reference_GN1 = ((state_GI == REFERENCE).to(x_GNW.dtype) @ self.onehot_NI.mT)[..., None]
+        h_GME = self._enter(x_GNW * in_GN1, self.precedes_NN @ (x_GNW * reference_GN1))
         bias_G11M = ((attended_GM - 1.0) * 1e4)[:, None, None, :]
         for layer in self.trunk.layers:
             h_GME = layer(h_GME, condition_GJE, self.spread_MJ, bias_G11M)
@@ -298,12 +317,13 @@ class TokenCore(nn.Module):
         out = nn.functional.silu(self.trunk.mix(nn.functional.silu(out)))
         return nn.functional.pad(out, (0, 0, 1, 0))
 
-    def _enter(self, x_GNW: Tensor) -> Tensor:
-        """Tokens to model width, positions added, the register in front: (G, M, E)."""
+    def _enter(self, x_GNW: Tensor, before_GNW: Tensor) -> Tensor:
+        """Tokens to model width, what preceded them and positions added, the register in front: (G, M, E)."""
         parts = [self.trunk.register.expand(x_GNW.shape[0], 1, -1)]
         for door, span, width, count in self._doors():
             position = torch.cat([door.position + door.instance[k] for k in range(count)])
-            parts.append(door.enter(x_GNW[:, span, :width]) + position)
+            entered = door.enter(x_GNW[:, span, :width]) + position
+            parts.append(entered + before_GNW[:, span, :width] @ door.refer.mT if door.referred else entered)
         return torch.cat(parts, dim=1)
 
     def _leave(self, h_GNE: Tensor) -> Tensor:

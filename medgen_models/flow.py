@@ -137,8 +137,9 @@ def _states(
             after[index, target] = 1.0
     updated = ((present & is_reference).float() @ after > 0) & present
 
-    joint = torch.where(is_text, absent, noised).expand(present.shape)
-    row = torch.where(is_row, clean, joint)
+    row = torch.where(is_row, clean, torch.where(is_text, absent, noised)).expand(present.shape)
+    # Where the row is to be drawn, half of the notes are given: they may be all that is known of it.
+    joint = torch.where(is_text, torch.where(second < 0.5, absent, clean), noised.expand(present.shape))
     dropped = torch.where(is_row, absent, joint)
     unknown = first < rate * _MOST_MISSING
     given = torch.where(is_text & (second < 0.5), absent, clean.expand(present.shape))

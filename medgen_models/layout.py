@@ -172,6 +172,18 @@ class Layout:
         """For each instance, the index of the instance that it precedes, or -1."""
         return tuple(self.place(i.of) if i.role == "reference" else -1 for _, i in self.pairs())
 
+    def precedes_NN(self) -> Tensor:
+        """1 where token m of a reference stands in the place of token n of the later image: ``precedes @ tokens``.
+
+        Several references of one image share it evenly. Only within a slot: elsewhere tokens do not mean the same.
+        """
+        out = torch.zeros(self.tokens, self.tokens)
+        for earlier, later in enumerate(self.references()):
+            if later >= 0 and self.slot_of_I[earlier] == self.slot_of_I[later]:
+                share = 1.0 / self.references().count(later)
+                out[self.span(later), self.span(earlier)] = share * torch.eye(self.tokens_I[later])
+        return out
+
     def row_factors(self) -> tuple[bool, ...]:
         """For each factor, whether a table column carries it: such factors are dropped together with the row."""
         return tuple(bool(factor.column) for factor in self.factors)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medgen_models.core import ABSENT, GIVEN, NOISED, CoreConfig, TokenCore
+from medgen_models.core import ABSENT, GIVEN, NOISED, REFERENCE, CoreConfig, TokenCore
 from medgen_models.layout import Layout
 
 
@@ -97,3 +97,21 @@ def test_nothing_present_stays_finite(models_layout: Layout, models_core: TokenC
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of heads"):
         dataclasses.replace(CoreConfig(), width=97)
+
+
+def test_a_later_image_enters_with_the_same_tokens_of_the_earlier_one(models_layout: Layout) -> None:
+    """Token for token, within the slot, and only from an image that is given as a reference."""
+    precedes_NN = models_layout.precedes_NN()
+    now, before = (models_layout.span(models_layout.place(key)) for key in ("film.now", "film.before"))
+    torch.testing.assert_close(precedes_NN[now, before], torch.eye(2))
+    assert float(precedes_NN.sum()) == 2.0
+    core = TokenCore(models_layout, CoreConfig(width=16, layers=1, heads=2), torch.Generator().manual_seed(0))
+    x, state, time, factor, gap = _inputs(models_layout, 2)
+    entered = []
+    for before_state in (REFERENCE, NOISED):
+        state[:, models_layout.place("film.before")] = before_state
+        shown = torch.where(state[:, models_layout.place("film.before"), None, None] == REFERENCE, 1.0, 0.0)
+        entered.append(core._enter(x, precedes_NN @ (x * shown))[:, 1:])
+    moved = (entered[0] - entered[1]).abs().amax(dim=(0, 2)) > 0
+    assert moved.nonzero().flatten().tolist() == list(range(now.start, now.stop))
+    assert not hasattr(core.slot["scan"], "refer")

@@ -52,6 +52,8 @@ def test_patterns_of_states(models_layout: Layout) -> None:
     assert bool((row[..., place("film.before")] == NOISED).all())
     joint = _states(models_layout, "joint")["state"]
     assert bool((joint[..., : place("note")] == NOISED).all())
+    given = (joint[..., place("note")] == GIVEN).float().mean()
+    assert float(given) == pytest.approx(0.5, abs=0.06)  # half of the notes, where they may be all that is known
     dropped = _states(models_layout, "dropped")
     assert bool((dropped["state"][..., place("ehr")] == ABSENT).all())
     assert float(dropped["keep"][..., 1].max()) == 0.0  # the factor that the row carries
