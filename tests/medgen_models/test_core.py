@@ -106,7 +106,7 @@ def test_a_later_image_enters_with_the_same_tokens_of_the_earlier_one(models_lay
     torch.testing.assert_close(precedes_NN[now, before], torch.eye(2))
     assert float(precedes_NN.sum()) == 2.0
     core = TokenCore(models_layout, CoreConfig(width=16, layers=1, heads=2), torch.Generator().manual_seed(0))
-    x, state, time, factor, gap = _inputs(models_layout, 2)
+    x, state, *_ = _inputs(models_layout, 2)
     entered = []
     for before_state in (REFERENCE, NOISED):
         state[:, models_layout.place("film.before")] = before_state
