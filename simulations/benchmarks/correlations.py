@@ -21,7 +21,7 @@ from medgen_models.batches import batch_from_bytes
 from medgen_models.metrics.coherence import compare_correlations, correlations
 from medgen_models.public_model import PublicModel
 from medgen_models.schema import PatientBatch, Schema
-from medgen_models.table_prior import count_tables, fit, variables
+from medgen_models.table_prior import all_queries, count_tables, fit_pairs, variables
 from privacy.boundary.plan import StudyPlan
 from server.checkpoints import Checkpoints
 from server.release.cohort import rows_from_public, rows_from_tree, sample_cohort
@@ -114,7 +114,8 @@ def _given_rows(folder: RunFolder, schema: Schema, plan: StudyPlan) -> PatientBa
     bins = json.loads(folder.study.read_text(encoding="utf-8"))["table"]["bins"]
     domain = [len(column.levels) for column in variables(schema, bins)]
     known = load_file(folder.public_rows)
-    tree = fit(_counts(folder, plan, domain), domain, public=count_tables(known["codes"], domain, _queries(plan)))
+    public = count_tables(known["codes"], domain, all_queries(domain))
+    tree = fit_pairs(_counts(folder, plan, domain), domain, public=public)
     drawn = rows_from_tree(schema, tree, bins, PATIENTS, SEED, known["positions"])
     return _sample(folder, schema, plan, drawn, "row")
 

@@ -29,7 +29,7 @@ from medgen_models.metrics.sets import frechet_distance
 from medgen_models.prototypes import factor_of, slot_vectors
 from medgen_models.public_model import PublicModel
 from medgen_models.schema import IMAGE_KINDS
-from medgen_models.table_prior import count_tables, fit
+from medgen_models.table_prior import all_queries, count_tables, fit_pairs
 from medgen_models.tokens import TokenBatch
 from privacy.gradients import Speed
 from privacy.marginals import bounded_mean_sum, noisy_marginals
@@ -356,8 +356,8 @@ def _sampled(
 ) -> tuple[float, float]:
     """(kept, distance) of patients drawn as a release draws them: rows from the marginals, images given the row."""
     schema = model.schema
-    known = count_tables(world.public_codes, world.domain, world.queries)
-    tree = fit(tables, world.domain, public=known)
+    known = count_tables(world.public_codes, world.domain, all_queries(world.domain))
+    tree = fit_pairs(tables, world.domain, public=known)
     rows = rows_from_tree(schema, tree, sizes.bins, sizes.synthetic, seed, world.positions)
     drawn = sample_cohort(
         model,
