@@ -12,9 +12,9 @@ from medgen_models.pretrain import PretrainConfig, pretrain
 from medgen_models.tasks import states_for
 from simulations import phantoms
 from simulations.benchmarks import task_cells
-from simulations.benchmarks.task_cells import CELLS, HELD_CELLS, PATHOLOGIES, SEQUENCES, Reader
-from simulations.benchmarks.tasks_world import HOSPITALS, Place, Sizes
-from simulations.phantom_population import Profile
+from simulations.benchmarks.task_cells import CELLS, Reader
+from simulations.benchmarks.tasks_world import HELD_CELLS, HOSPITALS, Place, Sizes
+from simulations.phantom_population import PATHOLOGIES, SEQUENCES, Profile
 
 
 @pytest.fixture(scope="module")

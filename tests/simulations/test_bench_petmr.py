@@ -28,7 +28,7 @@ def test_one_place_in_two_crops_is_one_voxel() -> None:
         image = np.zeros((40, 40, 40))
         image[tuple(np.rint(-np.asarray(origin) / step).astype(int))] = 1.0
         found, _ = petmr_images.on_grid(image, _affine(origin, step), at, 5, 5.0)
-        assert np.unravel_index(found.argmax(), found.shape) == (2, 2, 2)
+        assert [int(k) for k in np.unravel_index(found.argmax(), found.shape)] == [2, 2, 2]
 
 
 def test_what_the_image_does_not_cover_is_dark_and_said_so() -> None:
@@ -94,7 +94,7 @@ def test_only_mri_is_read(tmp_path: Path) -> None:
     model, epsilon, _ = task_petmr.trained(public, [], place)
     batch = limb_population(petmr_images.schema(), 3, 2)
     other: PatientBatch = dataclasses.replace(
-        batch, values=batch.values | {"pet": -batch.values["pet"], "ehr": batch.values["ehr"].flip(0)}
+        batch, values=dict(batch.values) | {"pet": -batch.values["pet"], "ehr": batch.values["ehr"].flip(0)}
     )
     assert epsilon == 0.0
     first, second = (task_petmr.from_mri(model, one, 1, 0) for one in (batch, other))

@@ -13,7 +13,10 @@ from simulations.task_sheets import Panel
 
 
 def test_a_sheet_is_as_large_as_its_rows(tmp_path: Path) -> None:
-    rows = [("one", [Panel(np.zeros((4, 4)), "a"), None]), ("two", [Panel(np.ones((4, 4)), "b", "change")])]
+    rows: list[tuple[str, list[Panel | None]]] = [
+        ("one", [Panel(np.zeros((4, 4)), "a"), None]),
+        ("two", [Panel(np.ones((4, 4)), "b", "change")]),
+    ]
     few, many = (task_sheets.draw_sheet(tmp_path / f"{n}.png", "title", rows * n) for n in (1, 3))
     height, width, _ = imread(few).shape
     assert imread(many).shape[0] > 2 * height
