@@ -57,6 +57,55 @@ def test_supplied_weights_become_a_codec_and_survive_storage(folder: Path) -> No
     assert not any(p.requires_grad for p in codec.net.parameters())
 
 
+LARGER = CONFIG | {
+    "channels": [8, 16, 16],
+    "num_res_blocks": [1, 1, 1],
+    "attention_levels": [False, False, True],
+    "latent_channels": 3,
+    "norm_num_groups": 8,
+    "with_encoder_nonlocal_attn": True,
+    "with_decoder_nonlocal_attn": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "latent"), [((64, 64), (3, 16, 16)), ((32, 32, 32), (3, 8, 8, 8))], ids=["film 64x64", "volume 32x32x32"]
+)
+def test_weights_with_attention_and_two_halvings_are_imported_in_two_and_three_dimensions(
+    tmp_path: Path, shape: tuple[int, ...], latent: tuple[int, ...]
+) -> None:
+    """The shape of published latent-diffusion autoencoders at a tenth of their channels, from a folder, saved elsewhere."""
+    from monai.networks.nets.autoencoderkl import AutoencoderKL
+
+    config = LARGER | {"spatial_dims": len(shape)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = AutoencoderKL(**config)  # type: ignore[arg-type]
+    save_file(net.state_dict(), tmp_path / "weights.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    numbers = torch.Size(latent).numel()
+    slot = Slot(
+        name="s",
+        kind="volume" if len(shape) == 3 else "image",
+        codec="aekl",
+        shape=shape,
+        voxel_mm=(1.0,) * len(shape),
+        tokens=numbers // 96,
+        width=96,
+    )
+    images = torch.rand(3, *shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    codec = AeklCodec.from_folder(slot, tmp_path).scaled(images)
+    assert codec.grid == latent
+    with torch.no_grad():
+        mean = net.eval().encode(images[:, None])[0]
+        expected = net.decode(mean)[:, 0]
+    z = codec.encode(images)
+    torch.testing.assert_close((z.flatten(1) * codec.scale_R), mean.flatten(1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(codec.decode(z), expected, atol=1e-4, rtol=1e-4)
+    # Records are cut into pieces for the memory's sake; that changes no number.
+    torch.testing.assert_close(codec.encode(images.repeat(2, *[1] * len(shape)))[3:], z, atol=1e-5, rtol=1e-4)
+
+
 def test_no_images_no_tokens(folder: Path) -> None:
     codec = AeklCodec.from_folder(_slot(), folder)
     assert codec.encode(torch.zeros(0, 16, 16)).shape == (0, 8, 16)
