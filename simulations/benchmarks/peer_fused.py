@@ -34,7 +34,9 @@ from simulations.benchmarks.peer_training import (
 LATENT_TOKENS, LATENT_WIDTH = 8, 12
 DIVERGENCE = 1e-2
 """Weight of the divergence of a latent number from the standard normal, beside the mean error of a token number."""
-VAE_RATE, FLOW_RATE, MATRIX_RATE = 3e-3, 3e-3, 2e-2
+RATES = (3e-3, 2e-2)
+"""AdamW and hidden matrices, those of the core. On development seed 10, 500 steps a stage keep .41 of the image-to-row
+correlations with column shapes of .92; larger rates and divergences have not been tried to the end."""
 LAYERS = 4
 HEADS = 4
 

@@ -32,9 +32,11 @@ from simulations.benchmarks.peer_training import (
 
 CHANNELS = (48, 64)
 EMBEDDING = 32
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 6e-3
+"""Tried on development seed 10, held-out loss: after 120 steps 2e-3 .824, 6e-3 .782, 1.2e-2 .763; after 250 2e-3 .755."""
 DROP = 0.1
 GUIDANCE: tuple[float, float] = (2.0, 1.5)
+"""Of pathology and of sequence: the core's own, not tuned for this form."""
 FACTORS = ("pathology", "sequence")
 _TIME_SCALE = 1000.0
 """MONAI embeds times as step numbers out of a thousand."""

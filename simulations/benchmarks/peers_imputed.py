@@ -23,6 +23,7 @@ from medgen_models.tokens import TokenBatch
 from simulations.benchmarks import peer_per_target
 from simulations.benchmarks.peer_per_target import TARGETS, Target
 from simulations.benchmarks.peer_training import Budget, Compared, Widths, beside
+from simulations.benchmarks.task_cells import blocks
 from simulations.benchmarks.task_figures import Figure
 from simulations.benchmarks.tasks_world import Place
 
@@ -86,7 +87,7 @@ def _of_imputation(
     target: Target,
     drawn: Mapping[str, tuple[Tensor, Tensor]],
 ) -> list[Figure]:
-    """PSNR in voxels of both kinds of estimate, and CRPS in token units."""
+    """PSNR of both kinds of estimate, and CRPS of regions and of token numbers, most of which are faint in the image."""
     layout = model.layout
     i = layout.place(target.key)
     public_BD = peer_per_target.flat(layout, tokens.select(tokens.present_BVI[:, 0, i].nonzero().flatten()), target.key)
@@ -105,14 +106,24 @@ def _of_imputation(
     ):
         found |= {"population mean": mean, "truth through the codec": codec}
         out.append(beside(f"PSNR of {words}, {label}", found, "dB"))
-    scores = {
-        name: float(crps(many_KBD.double().numpy(), truth_BD.double().numpy()).mean())
-        for name, (_, many_KBD) in drawn.items()
+    generator = torch.Generator().manual_seed(0)
+    others_KBD = public_BD[torch.randint(len(public_BD), (DRAWS, len(truth_BD)), generator=generator)]
+    many = {name: many_KBD for name, (_, many_KBD) in drawn.items()} | {"other patients": others_KBD}
+    tokens_of = {n: float(crps(z_KBD.double().numpy(), truth_BD.double().numpy()).mean()) for n, z_KBD in many.items()}
+    regions = blocks(image.astype(np.float32))
+    region_of = {
+        name: float(
+            crps(
+                np.stack([blocks(_decoded(model, target.key, z_BD).astype(np.float32)) for z_BD in z_KBD]), regions
+            ).mean()
+        )
+        for name, z_KBD in many.items()
     }
-    rng = torch.Generator().manual_seed(0)
-    others_KBD = public_BD[torch.randint(len(public_BD), (DRAWS, len(truth_BD)), generator=rng)]
-    scores["other patients"] = float(crps(others_KBD.double().numpy(), truth_BD.double().numpy()).mean())
-    return [*out, beside(f"CRPS of {words}, in deviations of a token number, lower is better", scores)]
+    return [
+        *out,
+        beside(f"CRPS of {words}, means over blocks of 4 voxels, intensity in [-1, 1], lower is better", region_of),
+        beside(f"CRPS of {words}, in deviations of a token number, all numbers alike, lower is better", tokens_of),
+    ]
 
 
 def _decoded(model: StudyModel, key: str, z_BD: Tensor) -> F64:

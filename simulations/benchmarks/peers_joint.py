@@ -100,13 +100,12 @@ def against_fused(place: Place, model: StudyModel, tokens: TokenBatch) -> Compar
     half = sizes.pretrain_steps // 2
     seconds, counts = {}, {}
     for name, steps in ((FUSED, (half, sizes.pretrain_steps - half)), (FUSED_EACH, (sizes.pretrain_steps,) * 2)):
-        rates = (peer_fused.VAE_RATE, peer_fused.FLOW_RATE)
-        stages = [Budget(n, sizes.batch, rate, peer_fused.MATRIX_RATE) for n, rate in zip(steps, rates, strict=True)]
+        first, second = (Budget(count, sizes.batch, *peer_fused.RATES) for count in steps)
         fitted = peer_fused.fit_fused(
             pairs,
             schema.table_columns(),
             len(SEQUENCES),
-            (stages[0], stages[1]),
+            (first, second),
             Widths.like(sizes.width).fused,
             place.seed,
         )

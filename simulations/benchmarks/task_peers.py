@@ -8,7 +8,7 @@ the joint table. What is compared are forms of generators, at about the core's s
 or their scale. Where a form has several stages or generators, "same total steps" divides the core's steps among them and
 "same steps each" gives each as many as the core took for everything.
 
-Rates and widths were chosen on development seed 10, which is not among those that are reported.
+Rates were tried on development seed 10, which is not among those that are reported; each form says what was tried.
 """
 
 from __future__ import annotations
