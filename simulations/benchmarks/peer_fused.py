@@ -36,7 +36,8 @@ DIVERGENCE = 1e-2
 """Weight of the divergence of a latent number from the standard normal, beside the mean error of a token number."""
 RATES = (3e-3, 2e-2)
 """AdamW and hidden matrices, those of the core. On development seed 10, 500 steps a stage keep .41 of the image-to-row
-correlations with column shapes of .92; larger rates and divergences have not been tried to the end."""
+correlations with column shapes of .92; rates of (6e-3, 4e-2) with a divergence of .1 keep .31, with .90. No more was tried.
+"""
 LAYERS = 4
 HEADS = 4
 
