@@ -77,7 +77,7 @@ def with_weights(core: TokenCore, weights: dict[str, Tensor]) -> TokenCore:
                 f"weight {name!r} of shape {tuple(value.shape)} does not fit this core; use weights of the same study"
             )
     out = TokenCore(core.layout, core.config, torch.Generator().manual_seed(0))
-    out.load_state_dict(known | {name: value.detach().clone() for name, value in weights.items()})
+    out.load_state_dict(core.state_dict() | {name: value.detach().clone() for name, value in weights.items()})
     return out.requires_grad_(False)
 
 
@@ -92,15 +92,15 @@ def add_lora(core: TokenCore, rank: int, generator: torch.Generator) -> TokenCor
             f"lora: expected rank >= 1 on a core without adapters, got rank {rank} on {core.config.lora_rank}"
         )
     out = TokenCore(core.layout, dataclasses.replace(core.config, lora_rank=rank), generator)
-    own = {name: value.detach() for name, value in core.named_parameters()}
-    out.load_state_dict({name: own.get(name, value.detach()) for name, value in out.named_parameters()})
+    own = core.state_dict()
+    out.load_state_dict({name: own.get(name, value) for name, value in out.state_dict().items()})
     return out.requires_grad_(False)
 
 
 def merge_lora(core: TokenCore) -> TokenCore:
     """A core without adapters that computes what ``core`` computes: W + scale * B A."""
     out = TokenCore(core.layout, dataclasses.replace(core.config, lora_rank=0), torch.Generator().manual_seed(0))
-    weights = {name: value.detach().clone() for name, value in core.named_parameters() if "lora_" not in name}
+    weights = {name: value.detach().clone() for name, value in core.state_dict().items() if "lora_" not in name}
     for name, module in core.named_modules():
         if isinstance(module, AdaptedLinear) and module.rank:
             weights[f"{name}.base.weight"] += module.scale * (module.lora_B @ module.lora_A).detach()

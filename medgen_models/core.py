@@ -7,7 +7,8 @@ costs four times as much in the backward pass. Instances that are absent are mas
 reads them, but they read the others, so the core also says what a withheld row would hold. A register token is always
 there, so that attention never runs over an empty set.
 
-Numbers are predicted as they are, categories as the expectation of their code under a softmax.
+Numbers are predicted as what a public Gaussian says of them plus what the network adds, categories as the expectation of
+their code under a softmax.
 
 Every layer is a Linear, a LayerNorm or a matrix product, nothing is in place and no layer sees two patients, so that
 per-patient gradients are exact under ``torch.func.vmap(torch.func.grad(...))``.
@@ -25,6 +26,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from medgen_models.gaussian_prior import GaussianPrior
 from medgen_models.layout import Layout
 
 ABSENT, GIVEN, NOISED, REFERENCE = 0, 1, 2, 3
@@ -47,6 +49,7 @@ class CoreConfig:
         lora_rank: rank of adapters on every trunk layer; 0 means none.
         lora_scale: factor on the adapters' output.
         fusion: how tokens hear of each other: by attention, or, for comparison, as the plain mean over all of them.
+        prior_rank: loadings of the Gaussian that the network adds to (see :mod:`medgen_models.gaussian_prior`).
     """
 
     width: int = 96
@@ -56,6 +59,7 @@ class CoreConfig:
     lora_rank: int = 0
     lora_scale: float = 1.0
     fusion: Literal["attention", "mean"] = "attention"
+    prior_rank: int = 0
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not divide."""
@@ -207,6 +211,7 @@ class TokenCore(nn.Module):
                 for name, own in zip(layout.slots, sizes, strict=True)
             }
         )
+        self.prior = GaussianPrior(layout, config.prior_rank)
         self.factor = nn.ModuleDict({f.name: _FactorTable(config.width, len(f.levels)) for f in layout.factors})
         self.register_buffer("onehot_NI", layout.onehot_NI(), persistent=False)
         spread = torch.zeros(layout.tokens + 1, layout.instances + 1)
@@ -266,7 +271,8 @@ class TokenCore(nn.Module):
         present_GN = present_GI @ self.onehot_NI.mT
         x_GNW = x_GNW * present_GN[..., None]
         time_GN1 = (time_GI @ self.onehot_NI.mT)[..., None]
-        skip_GN1, out_GN1, in_GN1 = preconditioning(time_GN1)
+        out_GN1, in_GN1 = preconditioning(time_GN1)
+        known_GNW = self.prior(x_GNW, present_GI, time_GI, factor_GIF)
         attended_GM = nn.functional.pad(present_GN, (1, 0), value=1.0)
         reference_GN1 = ((state_GI == REFERENCE).to(x_GNW.dtype) @ self.onehot_NI.mT)[..., None]
         h_GME = self._enter(x_GNW * in_GN1, self.precedes_NN @ (x_GNW * reference_GN1))
@@ -275,7 +281,7 @@ class TokenCore(nn.Module):
             h_GME = layer(h_GME, condition_GJE, self.spread_MJ, bias_G11M)
         shift, scale = (self.spread_MJ @ part for part in self.trunk.modulate(condition_GJE).chunk(2, dim=-1))
         change_GNW = self._leave((self.trunk.norm(h_GME) * (1.0 + scale) + shift)[:, 1:])
-        clean_GNW = skip_GN1 * x_GNW + out_GN1 * change_GNW
+        clean_GNW = known_GNW + out_GN1 * change_GNW
         if self.coded.stop == 0:
             return clean_GNW
         own = self.coded
@@ -338,15 +344,15 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     return cast(nn.Linear, nn.utils.skip_init(nn.Linear, inputs, outputs))  # type: ignore[no-untyped-call]
 
 
-def preconditioning(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors (skip, out, in) of x̂ = skip x_t + out F(in x_t) for tokens of unit variance.
+def preconditioning(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (out, in) of x̂ = prior(x_t) + out F(in x_t) for tokens of unit variance.
 
-    ``skip x_t`` is the best estimate of a standard normal number from x_t = (1 - t) x + t e alone, so the network F has
-    only to say what the *other* tokens add, and its target has unit variance at every t (Karras et al. (2022), eq. 7, for the
-    straight line).
+    What is left of a standard normal number after x_t = (1 - t) x + t e has the deviation ``out``, so the target of the
+    network F is of unit size at every t where the prior knows each number by itself, and smaller where it knows more (Karras
+    et al. (2022), eq. 7, for the straight line).
     """
     variance = (1.0 - t).square() + t.square()
-    return (1.0 - t) / variance, t / variance.sqrt(), 1.0 / variance.sqrt()
+    return t / variance.sqrt(), 1.0 / variance.sqrt()
 
 
 def _onehot(index: Tensor, levels: int) -> Tensor:

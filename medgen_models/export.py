@@ -100,7 +100,7 @@ def save_release_model(
         statement: the promise in numbers and sentences, which goes into the metadata with its digest.
     """
     core = merge_lora(model.core) if model.core.config.lora_rank else model.core
-    tensors = {f"core/{name}": value.detach().contiguous() for name, value in core.named_parameters()}
+    tensors = {f"core/{name}": value.detach().contiguous() for name, value in core.state_dict().items()}
     tensors |= {f"bank/{name}": value for name, value in model.bank.tensors().items()}
     body = bytes(save_tensors(tensors))
     promise = dict(statement) if statement is not None else None

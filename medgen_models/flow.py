@@ -19,6 +19,7 @@ from torch import Tensor
 
 from medgen_models.core import ABSENT, GIVEN, NOISED, REFERENCE, TokenCore
 from medgen_models.layout import Layout
+from medgen_models.schema import IMAGE_KINDS
 from medgen_models.terms import (
     Objective,
     Readout,
@@ -34,7 +35,7 @@ from medgen_models.tokens import TokenBatch
 CoreFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """core(x_GNW, state_GI, time_GI, factor_GIF, gap_GI) -> x̂_GNW."""
 UnitLoss = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
-ROW, JOINT, SUBSET, UPDATE, DROPPED = range(5)
+ROW, JOINT, SUBSET, UPDATE, DROPPED, CONDITIONAL = range(6)
 _MOST_MISSING = 0.8
 
 
@@ -42,11 +43,12 @@ _MOST_MISSING = 0.8
 class Shares:
     """How often each pattern of states is trained on; the release's own pattern, row given, is the commonest."""
 
-    row: float = 0.35
-    joint: float = 0.20
+    row: float = 0.30
+    joint: float = 0.15
     subset: float = 0.20
     update: float = 0.15
-    dropped: float = 0.10
+    dropped: float = 0.05
+    conditional: float = 0.15
 
     def __post_init__(self) -> None:
         """Refuse shares that are negative or do not add up to 1."""
@@ -153,8 +155,18 @@ def _states(
     update = torch.where(updated, noised, update)
     update = torch.where(updated.any(-1, keepdim=True), update, row)
 
+    is_image = torch.tensor(layout.of_kind(*IMAGE_KINDS)) & ~is_reference
+    alone = torch.where(present & is_image, third, torch.full_like(third, -1.0))
+    conditional = torch.where((alone == alone.amax(-1, keepdim=True)) & present & is_image, noised, absent)
+
     out = row
-    for kind, states in ((JOINT, joint), (SUBSET, subset), (UPDATE, update), (DROPPED, dropped)):
+    for kind, states in (
+        (JOINT, joint),
+        (SUBSET, subset),
+        (UPDATE, update),
+        (DROPPED, dropped),
+        (CONDITIONAL, conditional),
+    ):
         out = torch.where(pattern == kind, states, out)
     out = torch.where(present, out, absent)
     idle = ~(out == NOISED).any(-1, keepdim=True)
@@ -165,12 +177,13 @@ def _keep_chance(layout: Layout, state: Tensor, pattern: Tensor, drop: float) ->
     """Chance that each factor is kept (B, K, V, F).
 
     A factor that a table column carries would tell the row's content where the row is to be generated: it is kept with the
-    row, in half of the subsets without it, rarely in joint, never where all conditions are dropped.
+    row, where one image is drawn from its factors alone, in half of the subsets without the row, rarely in joint, never
+    where all conditions are dropped.
     """
     is_row = torch.tensor(layout.of_kind("table"))
     has_row = ((state == GIVEN) & is_row).any(-1, keepdim=True)
     of_row = torch.tensor(layout.row_factors(), dtype=torch.bool)
-    without = torch.where(pattern == SUBSET, 0.5, torch.where(pattern == JOINT, 0.2, 0.0))
+    without = torch.where(pattern == SUBSET, 0.5, torch.where(pattern == JOINT, 0.2, (pattern == CONDITIONAL).float()))
     chance = torch.where(of_row & ~has_row, without, torch.ones(()))
     return chance * (1.0 - drop)
 

@@ -21,6 +21,7 @@ from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig, TokenCore
 from medgen_models.devices import placed
 from medgen_models.flow import FlowConfig, fixed_losses, make_units, objective_of, patient_losses
+from medgen_models.gaussian_prior import GaussianPrior, fit_gaussian_prior
 from medgen_models.layout import Layout
 from medgen_models.optimizer import PublicOptimizer
 from medgen_models.public_model import PublicModel
@@ -89,6 +90,7 @@ class PretrainConfig:
         warmup: steps of the warm-up.
         average: decay of the running mean of the weights, which is what is kept.
         lora_rank: rank at which the adapters' gradient norm is measured.
+        prior_rank: loadings of the Gaussian over all tokens that is fitted first and that the core adds to.
         hinge: weight of the hinge here, in public training; private steps take ``flow.hinge``, whose second pass they may
             not want to pay.
         core, flow: model and objective.
@@ -105,6 +107,7 @@ class PretrainConfig:
     weight_decay: float = 1e-2
     lora_rank: int = 4
     hinge: float = 0.3
+    prior_rank: int = 48
     core: CoreConfig = dataclasses.field(default_factory=CoreConfig)
     flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
     terms: PublicTerms = dataclasses.field(default_factory=PublicTerms)
@@ -149,7 +152,9 @@ def pretrain(
             "population with images, a table or series"
         )
     readouts = fit_readouts(bank.layout, tokens, biomarkers or {})
-    trainer = CoreTrainer(bank.layout, tokens, config, seed, readouts=readouts, device=device)
+    config = dataclasses.replace(config, core=dataclasses.replace(config.core, prior_rank=config.prior_rank))
+    prior = fit_gaussian_prior(bank.layout, tokens, config.prior_rank)
+    trainer = CoreTrainer(bank.layout, tokens, config, seed, readouts=readouts, device=device, prior=prior)
     core = trainer.run(on_step, keep)
     flow = config.flow
     quantiles = torch.quantile(fixed_losses(core, tokens, flow, _LOSS_DRAWS, seed), torch.linspace(0, 1, 33))
@@ -193,6 +198,7 @@ class CoreTrainer:
         seed: of initial weights, batches and noise.
         start: core of ``config.core`` to go on from, left as it is; without one the core starts at random.
         readouts: biomarkers of the objective.
+        prior: of ``config.core``'s rank; without one it is that of ``start``, or fresh.
         device: where the core computes; on a GPU in bfloat16.
 
     Attributes:
@@ -209,12 +215,15 @@ class CoreTrainer:
         start: TokenCore | None = None,
         readouts: tuple[Readout, ...] = (),
         device: torch.device | None = None,
+        prior: GaussianPrior | None = None,
     ) -> None:
         self._tokens, self._config = tokens, config
         self._generator = torch.Generator().manual_seed(seed)
         self._core = TokenCore(layout, config.core, self._generator)
         if start is not None:
-            self._core.load_state_dict({name: value.detach() for name, value in start.named_parameters()})
+            self._core.load_state_dict(start.state_dict())
+        if prior is not None:
+            self._core.prior.load_state_dict(prior.state_dict())
         where = device or torch.device("cpu")
         self._core.to(where)
         self._call = self._core if where.type == "cpu" else placed(self._core, bf16=True)
@@ -260,6 +269,7 @@ class CoreTrainer:
     def result(self) -> TokenCore:
         """A frozen core with the running mean of the weights, on the CPU."""
         core = TokenCore(self._core.layout, self._config.core, torch.Generator().manual_seed(0))
+        core.prior.load_state_dict(self._core.prior.state_dict())
         with torch.no_grad():
             for parameter, value in zip(core.parameters(), self._mean, strict=True):
                 parameter.copy_(value)
@@ -303,12 +313,13 @@ def train_core(
     start: TokenCore | None = None,
     readouts: tuple[Readout, ...] = (),
     device: torch.device | None = None,
+    prior: GaussianPrior | None = None,
 ) -> TokenCore:
     """Train a core on encoded public patients and return the running mean of its weights, frozen.
 
     Arguments are those of :class:`CoreTrainer`.
     """
-    return CoreTrainer(layout, tokens, config, seed, start, readouts, device).run(on_step)
+    return CoreTrainer(layout, tokens, config, seed, start, readouts, device, prior).run(on_step)
 
 
 def _schedule(step: int, config: PretrainConfig) -> float:

@@ -78,7 +78,7 @@ class PublicModel:
 
     def to_bytes(self) -> tuple[bytes, bytes]:
         """(weights, card): safetensors and canonical JSON; the card names the digest of the weights."""
-        weights = {f"core/{name}": value.detach().contiguous() for name, value in self.core.named_parameters()}
+        weights = {f"core/{name}": value.detach().contiguous() for name, value in self.core.state_dict().items()}
         weights |= {f"bank/{name}": value for name, value in self.bank.tensors().items()}
         for number, readout in enumerate(self.readouts):
             for name in _READOUT:

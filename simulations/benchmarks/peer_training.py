@@ -162,7 +162,8 @@ def draw_times(records: int, generator: torch.Generator) -> Tensor:
 def estimate(network: Network, x: Tensor, time_B: Tensor) -> Tensor:
     """Clean tokens from tokens at their time: what they show themselves, and what the network adds."""
     t = time_B.reshape(-1, *([1] * (x.dim() - 1)))
-    skip, out, into = preconditioning(t)
+    out, into = preconditioning(t)
+    skip = (1.0 - t) * into.square()
     return skip * x + out * network(into * x, time_B)
 
 

@@ -47,7 +47,7 @@ from simulations.public_populations import limb_population
 PRIVACIES: tuple[Privacy, ...] = ("public", "inf", "8")
 USES_THE_WORLD = False
 F64 = NDArray[np.float64]
-SHARES = Shares(row=0.1, joint=0.1, subset=0.7, update=0.0, dropped=0.1)
+SHARES = Shares(row=0.1, joint=0.1, subset=0.7, update=0.0, dropped=0.1, conditional=0.0)
 """Subsets are commonest: this model is asked for nothing but a missing image."""
 SAMPLING_RATE = 0.5
 DRAWS = 8

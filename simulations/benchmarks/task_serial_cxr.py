@@ -48,7 +48,7 @@ STALE_DAYS = 5.0
 _MOST_PAIRS = 10
 """Pairs of one public patient: one has 66 films."""
 _WIDTH, _LAYERS = 64, 3
-_SHARES = Shares(row=0.1, joint=0.1, subset=0.1, update=0.6, dropped=0.1)
+_SHARES = Shares(row=0.1, joint=0.1, subset=0.1, update=0.6, dropped=0.1, conditional=0.0)
 """Films are here to be updated."""
 
 

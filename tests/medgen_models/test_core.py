@@ -30,7 +30,7 @@ def test_an_untrained_core_gives_the_best_estimate_of_each_number_alone(models_l
     x, state, _, factor, gap = _inputs(models_layout, 2)
     out = fresh(x, state, torch.full(state.shape, 0.25), factor, gap).detach()
     there = (state != ABSENT).float() @ models_layout.onehot_NI().T
-    numbers = there[..., None] * (1.0 - models_layout.categories().mask_NW)
+    numbers = there[..., None] * models_layout.valid_NW() * (1.0 - models_layout.categories().mask_NW)
     torch.testing.assert_close(out * numbers, 0.75 / 0.625 * x * numbers)
     pure_noise = fresh(x, state, torch.ones(state.shape), factor, gap).detach()
     assert float(pure_noise.abs().max()) == 0.0

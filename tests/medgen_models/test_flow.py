@@ -25,11 +25,12 @@ from medgen_models.tasks import states_for
 from medgen_models.tokens import TokenBatch
 
 ONLY = {
-    "row": Shares(1, 0, 0, 0, 0),
-    "joint": Shares(0, 1, 0, 0, 0),
-    "subset": Shares(0, 0, 1, 0, 0),
-    "update": Shares(0, 0, 0, 1, 0),
-    "dropped": Shares(0, 0, 0, 0, 1),
+    "row": Shares(1, 0, 0, 0, 0, 0),
+    "joint": Shares(0, 1, 0, 0, 0, 0),
+    "subset": Shares(0, 0, 1, 0, 0, 0),
+    "update": Shares(0, 0, 0, 1, 0, 0),
+    "dropped": Shares(0, 0, 0, 0, 1, 0),
+    "conditional": Shares(0, 0, 0, 0, 0, 1),
 }
 
 
@@ -57,6 +58,12 @@ def test_patterns_of_states(models_layout: Layout) -> None:
     dropped = _states(models_layout, "dropped")
     assert bool((dropped["state"][..., place("ehr")] == ABSENT).all())
     assert float(dropped["keep"][..., 1].max()) == 0.0  # the factor that the row carries
+    conditional = _states(models_layout, "conditional")
+    assert set(conditional["state"].unique().tolist()) == {ABSENT, NOISED}
+    assert bool(((conditional["state"] == NOISED).sum(-1) == 1).all())  # one image from its factors alone
+    assert not bool((conditional["state"][..., place("film.before")] == NOISED).any())
+    assert not bool((conditional["state"][..., place("ehr")] == NOISED).any())
+    assert float(conditional["keep"][..., 1].mean()) == pytest.approx(0.9, abs=0.05)
     update = _states(models_layout, "update")["state"]
     assert bool((update[..., place("film.now")] == NOISED).all())
     assert bool((update[..., place("film.before")] == REFERENCE).all())
@@ -71,7 +78,7 @@ def test_patterns_of_states(models_layout: Layout) -> None:
 
 def test_shares_and_times_follow_the_configuration(models_layout: Layout) -> None:
     present = torch.ones(4000, 1, models_layout.instances, dtype=torch.bool)
-    config = FlowConfig(shares=Shares(0.6, 0.4, 0, 0, 0), factor_drop=0.25)
+    config = FlowConfig(shares=Shares(0.6, 0.4, 0, 0, 0, 0), factor_drop=0.25)
     drawn = draw(models_layout, present, present[..., 0], config, torch.Generator().manual_seed(1))
     given = (drawn["state"][..., models_layout.place("ehr")] == GIVEN).float().mean()
     assert float(given) == pytest.approx(0.6, abs=0.03)

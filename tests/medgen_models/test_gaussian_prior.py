@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from medgen_models.adapters import add_lora, merge_lora, with_weights
 from medgen_models.codecs.bank import CodecBank
-from medgen_models.core import ABSENT, GIVEN, NOISED
+from medgen_models.core import ABSENT, GIVEN, NOISED, CoreConfig, TokenCore
 from medgen_models.gaussian_prior import GaussianPrior, fit_gaussian_prior
 from medgen_models.layout import Layout
 from medgen_models.schema import PatientBatch
@@ -19,12 +20,10 @@ def test_the_posterior_is_that_of_the_joint_gaussian(models_layout: Layout) -> N
     numbers = models_layout.valid_NW().flatten().nonzero().flatten()
     labels = 2 * 2  # two scans, two free levels each
     size = len(numbers) + labels
-    prior = GaussianPrior(
-        models_layout,
-        torch.randn(size, generator=g).double(),
-        torch.randn(size, 3, generator=g).double(),
-        (0.2 + torch.rand(size, generator=g)).double(),
-    )
+    prior = GaussianPrior(models_layout, 3).double()
+    prior.mean_D.copy_(torch.randn(size, generator=g))
+    prior.loading_DR.copy_(torch.randn(size, 3, generator=g))
+    prior.residual_D.copy_(0.2 + torch.rand(size, generator=g))
     state = torch.full((1, models_layout.instances), ABSENT)
     state[0, 1], state[0, 2], state[0, 5] = GIVEN, NOISED, NOISED
     time = torch.zeros(1, models_layout.instances).double()
@@ -33,7 +32,7 @@ def test_the_posterior_is_that_of_the_joint_gaussian(models_layout: Layout) -> N
     factor = torch.zeros(1, models_layout.instances, 2, dtype=torch.int64)
     torch.set_default_dtype(torch.float64)
     try:
-        found = prior.posterior_mean(x, state, time, factor)[0].flatten()[numbers]
+        found = prior(x, (state != ABSENT).double(), time, factor)[0].flatten()[numbers]
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -59,10 +58,10 @@ def test_pure_noise_says_nothing_and_given_comes_back(
     state[:, 2] = NOISED
     time = (state == NOISED).float()
     factor = part.factor_BVIF[:, 0]
-    first = prior.posterior_mean(part.z_BVNW[:, 0], state, time, factor)
+    first = prior(part.z_BVNW[:, 0], (state != ABSENT).float(), time, factor)
     other = part.z_BVNW[:, 0].clone()
     other[:, models_layout.span(2)] += 9.0
-    torch.testing.assert_close(first, prior.posterior_mean(other, state, time, factor))
+    torch.testing.assert_close(first, prior(other, (state != ABSENT).float(), time, factor))
     given = models_layout.span(0)
     torch.testing.assert_close(
         first[:, given], (part.z_BVNW[:, 0] * models_layout.valid_NW())[:, given], atol=1e-5, rtol=1e-4
@@ -84,11 +83,60 @@ def test_it_finds_a_copy_through_absent_records(models_layout: Layout) -> None:
     for source, target in ((0, 1), (1, 0)):
         state = torch.full((300, models_layout.instances), ABSENT)
         state[:, source], state[:, target] = GIVEN, NOISED
-        guess = prior.posterior_mean(z[:, 0], state, (state == NOISED).float(), full.factor_BVIF[:, 0])
+        guess = prior(z[:, 0], (state != ABSENT).float(), (state == NOISED).float(), full.factor_BVIF[:, 0])
         error = (guess[:, models_layout.span(target), :3] - hidden[:, 0]).square().mean()
         assert float(error) < 0.15
 
 
 def test_nobody_to_learn_from(models_layout: Layout) -> None:
-    with pytest.raises(ValueError, match="rank >= 1 and public visits"):
+    with pytest.raises(ValueError, match="rank >= 0 and public visits"):
         fit_gaussian_prior(models_layout, TokenBatch.empty(models_layout, 3))
+
+
+def test_a_fresh_prior_knows_each_number_by_itself(models_layout: Layout) -> None:
+    """(1 - t) x_t / ((1 - t)^2 + t^2), whatever its rank, and nothing of what is absent."""
+    x = torch.randn(3, models_layout.tokens, models_layout.width, generator=torch.Generator().manual_seed(0))
+    x = x * models_layout.valid_NW()
+    factor = torch.ones(3, models_layout.instances, len(models_layout.factors), dtype=torch.int64)
+    present, time = torch.ones(3, models_layout.instances), torch.full((3, models_layout.instances), 0.25)
+    present[:, 0] = 0.0
+    for rank in (0, 5):
+        out = GaussianPrior(models_layout, rank)(x, present, time, factor)
+        torch.testing.assert_close(out[:, 1:], 0.75 / 0.625 * x[:, 1:])
+        assert float(out[:, :1].abs().max()) == 0.0
+
+
+def test_the_core_starts_at_the_prior_and_keeps_it_through_every_copy(
+    models_layout: Layout, models_bank: CodecBank, models_public: PatientBatch
+) -> None:
+    tokens = models_bank.encode(models_public)
+    prior = fit_gaussian_prior(models_layout, tokens, rank=4, steps=5)
+    config = CoreConfig(width=16, layers=1, heads=2, prior_rank=4)
+    core = TokenCore(models_layout, config, torch.Generator().manual_seed(0)).requires_grad_(False)
+    core.prior.load_state_dict(prior.state_dict())
+    z = tokens.z_BVNW[:, 0]
+    state = torch.where(tokens.present_BVI[:, 0], NOISED, ABSENT)
+    time, factor = 0.5 * (state == NOISED), tokens.factor_BVIF[:, 0]
+    gap = torch.zeros_like(time)
+    here = (state != ABSENT).float()
+    numbers = (here @ models_layout.onehot_NI().T)[..., None] * (1.0 - models_layout.categories().mask_NW)
+    expected = prior(z * (here @ models_layout.onehot_NI().T)[..., None], here, time, factor)
+    torch.testing.assert_close(core(z, state, time, factor, gap) * numbers, expected * numbers)
+    adapted = add_lora(core, 2, torch.Generator().manual_seed(1))
+    for copy in (adapted, merge_lora(adapted), with_weights(core, {})):
+        torch.testing.assert_close(copy(z, state, time, factor, gap), core(z, state, time, factor, gap))
+
+
+def test_one_patient_never_moves_another(
+    models_layout: Layout, models_bank: CodecBank, models_public: PatientBatch
+) -> None:
+    """One system per patient: what it says of the first does not depend on the second, bit for bit under one shape."""
+    tokens = models_bank.encode(models_public)
+    prior = fit_gaussian_prior(models_layout, tokens, rank=4, steps=5)
+    z, here = tokens.z_BVNW[:2, 0], tokens.present_BVI[:2, 0].float()
+    time, factor = 0.3 * here, tokens.factor_BVIF[:2, 0]
+    first = prior(z, here, time, factor)
+    other = torch.stack([z[0], z[1] * 1e6])
+    assert torch.equal(prior(other, here, time, factor)[0], first[0])
+    single = torch.func.vmap(lambda *unit: prior(*(value[None] for value in unit))[0])(z, here, time, factor)
+    torch.testing.assert_close(single, first, atol=1e-5, rtol=1e-5)

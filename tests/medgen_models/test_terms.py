@@ -24,7 +24,7 @@ from medgen_models.terms import (
 )
 from medgen_models.tokens import TokenBatch
 
-ALL = FlowConfig(hinge=0.5, label=0.3, biomarker=0.2, shares=Shares(0, 0, 0, 1, 0))
+ALL = FlowConfig(hinge=0.5, label=0.3, biomarker=0.2, shares=Shares(0, 0, 0, 1, 0, 0))
 
 
 @pytest.fixture(scope="module")

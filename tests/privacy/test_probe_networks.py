@@ -75,13 +75,17 @@ def made_up(layout: Layout, generator: torch.Generator) -> TokenBatch:
     )
 
 
-TERMS = FlowConfig(hinge=0.5, label=0.3, biomarker=0.2, shares=Shares(0.2, 0.0, 0.2, 0.6, 0.0))
+TERMS = FlowConfig(hinge=0.5, label=0.3, biomarker=0.2, shares=Shares(0.2, 0.0, 0.2, 0.6, 0.0, 0.0))
 """Every term of the objective, with many updates and withheld rows."""
 
 
 def token_core(which: Trained, fusion: Literal["attention", "mean"] = "attention", terms: bool = False) -> Case:
     layout, flow = Layout.of(demo_schema()), TERMS if terms else FlowConfig()
-    core = TokenCore(layout, CoreConfig(width=16, layers=2, heads=2, fusion=fusion), torch.Generator().manual_seed(3))
+    config = CoreConfig(width=16, layers=2, heads=2, fusion=fusion, prior_rank=6 if terms else 0)
+    core = TokenCore(layout, config, torch.Generator().manual_seed(3))
+    core.prior.loading_DR.copy_(
+        0.3 * torch.randn(core.prior.loading_DR.shape, generator=torch.Generator().manual_seed(5))
+    )
     numbers = layout.tokens_I[0] * layout.width_I[0]
     weight_RD = torch.randn(2, numbers, generator=torch.Generator().manual_seed(4)) / numbers
     readouts = (Readout("mri.a", ("first", "second"), weight_RD, torch.zeros(2), torch.ones(2)),) if terms else ()
