@@ -272,7 +272,7 @@ class TokenCore(nn.Module):
         x_GNW = x_GNW * present_GN[..., None]
         time_GN1 = (time_GI @ self.onehot_NI.mT)[..., None]
         out_GN1, in_GN1 = preconditioning(time_GN1)
-        known_GNW = self.prior(x_GNW, present_GI, time_GI, factor_GIF)
+        known_GNW: Tensor = self.prior(x_GNW, present_GI, time_GI, factor_GIF)
         attended_GM = nn.functional.pad(present_GN, (1, 0), value=1.0)
         reference_GN1 = ((state_GI == REFERENCE).to(x_GNW.dtype) @ self.onehot_NI.mT)[..., None]
         h_GME = self._enter(x_GNW * in_GN1, self.precedes_NN @ (x_GNW * reference_GN1))

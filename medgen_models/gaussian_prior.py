@@ -159,3 +159,33 @@ def precision(loading_DR: Tensor, weight_GD: Tensor) -> Tensor:
     pairs_DRR = (loading_DR[:, :, None] * loading_DR[:, None]).flatten(1)
     rank = loading_DR.shape[1]
     return torch.eye(rank, device=loading_DR.device) + (weight_GD @ pairs_DRR).reshape(-1, rank, rank)
+
+
+def marginal(prior: GaussianPrior, source: Layout, target: Layout) -> GaussianPrior:
+    """The prior of some instances of ``source`` alone: in a factor model that is leaving the other rows out.
+
+    Args:
+        prior: over ``source``.
+        source: the study's layout.
+        target: a layout whose instances, with their tokens and factors, are among those of ``source``.
+
+    Raises:
+        ValueError: an instance that ``source`` does not have.
+    """
+    out = GaussianPrior(target, prior.rank)
+    names = [factor.name for factor in source.factors]
+    starts, at = {}, len(prior.numbers)
+    for i, f, levels in prior.labels:
+        starts[source.keys[i], names[f]], at = at, at + levels
+    known = [(starts.get((target.keys[i], target.factors[f].name)), (i, f, n)) for i, f, n in out.labels]
+    out.labels = [label for start, label in known if start is not None]
+    rows = []
+    for number in out.numbers.tolist():
+        n, w = divmod(number, target.width)
+        i = int(target.onehot_NI()[n].argmax())
+        there = source.start_I[source.place(target.keys[i])] + n - target.start_I[i]
+        rows.append(int(prior.places[there * source.width + w]))
+    rows += [start + level for start, (*_, levels) in known if start is not None for level in range(levels)]
+    index = torch.tensor(rows, dtype=torch.int64)
+    out.mean_D, out.loading_DR, out.residual_D = prior.mean_D[index], prior.loading_DR[index], prior.residual_D[index]
+    return out

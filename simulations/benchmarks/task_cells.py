@@ -30,6 +30,7 @@ from medgen_models.assembly import StudyModel
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import TokenCore
 from medgen_models.flow import sample
+from medgen_models.gaussian_prior import marginal
 from medgen_models.heads import Predictor, fit_predictor
 from medgen_models.layout import Layout
 from medgen_models.metrics.features import halve, radiomics
@@ -248,7 +249,8 @@ def narrowed(model: StudyModel, slot: str) -> tuple[TokenCore, CodecBank]:
     layout = Layout.of(Schema(name=f"{schema.name}-{slot}", slots=(own,), max_visits=schema.max_visits))
     core = TokenCore(layout, model.core.config, torch.Generator().manual_seed(0))
     weights = model.core.state_dict()
-    core.load_state_dict({name: weights[name] for name in core.state_dict()})
+    core.prior = marginal(model.core.prior, model.layout, layout)
+    core.load_state_dict({n: weights[n] for n in core.state_dict() if not n.startswith("prior.")}, strict=False)
     centres = {key: model.bank.centres[key] for key in layout.keys}
     return core.requires_grad_(False), CodecBank(layout, {slot: model.bank.codecs[slot]}, centres)
 

@@ -8,9 +8,9 @@ import torch
 from medgen_models.adapters import add_lora, merge_lora, with_weights
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import ABSENT, GIVEN, NOISED, CoreConfig, TokenCore
-from medgen_models.gaussian_prior import GaussianPrior, fit_gaussian_prior
+from medgen_models.gaussian_prior import GaussianPrior, fit_gaussian_prior, marginal
 from medgen_models.layout import Layout
-from medgen_models.schema import PatientBatch
+from medgen_models.schema import PatientBatch, Schema
 from medgen_models.tokens import TokenBatch
 
 
@@ -140,3 +140,26 @@ def test_one_patient_never_moves_another(
     assert torch.equal(prior(other, here, time, factor)[0], first[0])
     single = torch.func.vmap(lambda *unit: prior(*(value[None] for value in unit))[0])(z, here, time, factor)
     torch.testing.assert_close(single, first, atol=1e-5, rtol=1e-5)
+
+
+def test_a_marginal_says_what_the_whole_says_with_the_others_absent(
+    models_layout: Layout, models_bank: CodecBank, models_public: PatientBatch
+) -> None:
+    tokens = models_bank.encode(models_public)
+    whole = fit_gaussian_prior(models_layout, tokens, rank=4, steps=5)
+    schema = models_layout.schema
+    own = schema.slot("film")
+    part = Layout.of(Schema(name="film", slots=(own,), max_visits=schema.max_visits))
+    alone = marginal(whole, models_layout, part)
+    here = torch.zeros(2, models_layout.instances)
+    places = [models_layout.place(key) for key in part.keys]
+    here[:, places] = 1.0
+    time = 0.4 * here
+    z, factor = (
+        tokens.z_BVNW[:2, 0],
+        torch.zeros(2, models_layout.instances, len(models_layout.factors), dtype=torch.int64),
+    )
+    span = slice(models_layout.span(places[0]).start, models_layout.span(places[-1]).stop)
+    found = alone(z[:, span, : part.width], here[:, places], time[:, places], factor[:, places, :0])
+    expected = whole(z, here, time, factor)[:, span, : part.width]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
