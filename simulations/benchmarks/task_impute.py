@@ -59,7 +59,7 @@ RATES = (0.0, 0.5, 0.8)
 INFORMATIVE_DB = 0.5
 DRAWN_MASKS: tuple[tuple[str, ...], ...] = (("mri.a", "pet.fdg"), ("pet.fdg", "pet.av45", ROW), ("pet.av45",), (ROW,))
 """Masks whose draws are judged: draws cost a thousand times a point estimate."""
-DRAWS, MEAN_OF, DRAWN_PATIENTS = 40, 16, 40
+DRAWS, MEAN_OF, DRAWN_PATIENTS = 40, 16, 16
 LEVEL = 0.9
 MEAN_BAR_DB, RIDGE_BAR_DB, COVERAGE_BAR = -0.3, -0.5, 0.05
 
