@@ -15,8 +15,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from medgen_models.flow import CoreFn, sample
+from medgen_models.flow import CoreFn
 from medgen_models.layout import Layout
+from medgen_models.sampler import sample
 from medgen_models.schema import PatientBatch, Schema, scale
 from medgen_models.tokens import TokenBatch
 
@@ -26,7 +27,7 @@ class Counterfactual:
     """Two outputs of one initial noise.
 
     Attributes:
-        factual_BVNW, changed_BVNW: tokens as :func:`medgen_models.flow.sample` returns them.
+        factual_BVNW, changed_BVNW: tokens as :func:`medgen_models.sampler.sample` returns them.
     """
 
     factual_BVNW: Tensor
@@ -127,7 +128,7 @@ def counterfactual(
     """Draw the noised instances under both conditions, from one initial noise and in one batch.
 
     Args:
-        core, layout, state_BVI, steps, guidance, factor_guidance: as for :func:`medgen_models.flow.sample`.
+        core, layout, state_BVI, steps, guidance, factor_guidance: as for :func:`medgen_models.sampler.sample`.
         given: patients as they are.
         changed: the same patients with one thing different, encoded by the same codecs.
         generator: of the noise, drawn once for both.

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from medgen_models.core import NOISED, CoreConfig, TokenCore
 from medgen_models.devices import placed
-from medgen_models.flow import FlowConfig, sample
+from medgen_models.flow import FlowConfig
 from medgen_models.layout import Layout
 from medgen_models.optimizer import PublicOptimizer
 from medgen_models.pretrain import CoreTrainer, PretrainConfig
+from medgen_models.sampler import sample
 from medgen_models.tokens import TokenBatch
 
 

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medgen_models.codecs.bank import CodecBank
-from medgen_models.flow import CoreFn, sample
+from medgen_models.flow import CoreFn
 from medgen_models.layout import Layout
 from medgen_models.metrics.uncertainty import intervals
+from medgen_models.sampler import sample
 from medgen_models.schema import IMAGE_KINDS
 from medgen_models.tokens import TokenBatch
 
@@ -63,7 +64,7 @@ def draw_many(
     Patients and draws share one batch, :data:`AT_ONCE` of them a pass.
 
     Args:
-        core, layout, given, state_BVI, steps, method: as for :func:`medgen_models.flow.sample`.
+        core, layout, given, state_BVI, steps, method: as for :func:`medgen_models.sampler.sample`.
         draws: K; intervals of level 0.9 need 19 and are steady from about 40.
         generator: of the initial noise.
 
@@ -108,7 +109,7 @@ def point_estimate(
     steps / noises as much, and keeps 1/K of the draws' variance as additional error.
 
     Args:
-        core, layout, given, state_BVI: as for :func:`medgen_models.flow.sample`.
+        core, layout, given, state_BVI: as for :func:`medgen_models.sampler.sample`.
         generator: of the noise.
         noises: even number of noises, of which half are the other half with changed sign.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from medgen_models.assembly import StudyModel
 from medgen_models.core import NOISED
-from medgen_models.flow import sample
+from medgen_models.sampler import sample
 from medgen_models.schema import PatientBatch
 from medgen_models.tasks import states_for
 from server.release.cohort import rows_from_public, sample_cohort

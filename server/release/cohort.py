@@ -18,8 +18,8 @@ from torch import Tensor
 
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import TokenCore
-from medgen_models.flow import sample
 from medgen_models.layout import Layout
+from medgen_models.sampler import sample
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.table_prior import PairModel, TreeModel, decode_rows
 from medgen_models.tasks import states_for

@@ -18,10 +18,11 @@ import torch
 from medgen_models.adapters import trainable
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig, TokenCore
-from medgen_models.flow import FlowConfig, draw, make_unit_loss, make_units, objective_of, patient_losses, sample
+from medgen_models.flow import FlowConfig, draw, make_unit_loss, make_units, objective_of, patient_losses
 from medgen_models.layout import Layout
 from medgen_models.optimizer import PublicOptimizer
 from medgen_models.pretrain import PretrainConfig, train_core
+from medgen_models.sampler import sample
 from medgen_models.schema import IMAGE_KINDS, Schema
 from medgen_models.tasks import states_for
 from medgen_models.tokens import TokenBatch

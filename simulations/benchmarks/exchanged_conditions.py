@@ -19,9 +19,9 @@ from torch import Tensor
 
 from medgen_models.assembly import StudyModel
 from medgen_models.core import ABSENT, GIVEN, NOISED
-from medgen_models.flow import sample
 from medgen_models.metrics.coherence import compare_correlations
 from medgen_models.metrics.standard import NoteSwap, influence
+from medgen_models.sampler import sample
 from medgen_models.schema import IMAGE_KINDS, PatientBatch, Schema
 from medgen_models.tasks import states_for
 from simulations import phantoms

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from medgen_models.assembly import StudyModel
 from medgen_models.core import ABSENT, GIVEN, NOISED
-from medgen_models.flow import sample
 from medgen_models.metrics.image import psnr
 from medgen_models.metrics.uncertainty import crps
+from medgen_models.sampler import sample
 from medgen_models.schema import PatientBatch
 from medgen_models.tokens import TokenBatch
 from simulations.benchmarks import peer_per_target

@@ -29,13 +29,13 @@ from torch import Tensor
 from medgen_models.assembly import StudyModel
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import TokenCore
-from medgen_models.flow import sample
 from medgen_models.gaussian_prior import marginal
 from medgen_models.heads import Predictor, fit_predictor
 from medgen_models.layout import Layout
 from medgen_models.metrics.features import halve, radiomics
 from medgen_models.metrics.image import ms_ssim
 from medgen_models.metrics.sets import frechet_distance, standardise
+from medgen_models.sampler import sample
 from medgen_models.schema import PatientBatch, Schema, scale
 from medgen_models.tasks import states_for
 from simulations import phantom_brain as brain

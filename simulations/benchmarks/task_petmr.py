@@ -24,11 +24,12 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from medgen_models.assembly import StudyModel, assemble
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig
-from medgen_models.flow import FlowConfig, Shares, sample
+from medgen_models.flow import FlowConfig, Shares
 from medgen_models.layout import DCT_BLOCK
 from medgen_models.metrics.image import mae, psnr, ssim
 from medgen_models.pretrain import PretrainConfig, pretrain
 from medgen_models.public_model import PublicModel
+from medgen_models.sampler import sample
 from medgen_models.schema import PatientBatch
 from medgen_models.tasks import states_for
 from medgen_models.tokens import TokenBatch

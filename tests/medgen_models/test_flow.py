@@ -17,9 +17,9 @@ from medgen_models.flow import (
     make_units,
     objective_of,
     patient_losses,
-    sample,
 )
 from medgen_models.layout import Categories, Layout
+from medgen_models.sampler import sample
 from medgen_models.schema import PatientBatch
 from medgen_models.tasks import states_for
 from medgen_models.tokens import TokenBatch

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from medgen_models.assembly import StudyModel, assemble
-from medgen_models.flow import sample
 from medgen_models.pretrain import PretrainConfig, pretrain
+from medgen_models.sampler import sample
 from medgen_models.tasks import states_for
 from simulations import phantoms
 from simulations.benchmarks import task_cells
