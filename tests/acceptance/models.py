@@ -95,6 +95,7 @@ LINES: dict[str, Check] = {
         f"{MODELS}/test_core.py",
         f"{MODELS}/test_flow.py",
         f"{MODELS}/test_terms.py",
+        f"{MODELS}/test_gaussian_prior.py",
         f"{MODELS}/test_adapters.py",
         f"{MODELS}/test_assembly.py",
     ),
@@ -105,17 +106,58 @@ LINES: dict[str, Check] = {
         f"{MODELS}/test_uncertainty.py",
         f"{MODELS}/test_influence.py",
         f"{MODELS}/test_heads.py",
+        f"{MODELS}/test_token_heads.py",
     ),
-    "tables-first": suite("Tables first: DP marginals to rows with presence", f"{MODELS}/test_table_prior.py"),
+    "tables-first": suite(
+        "Tables first: DP marginals to rows with presence",
+        f"{MODELS}/test_table_prior.py",
+        f"{MODELS}/test_table_bins.py",
+    ),
     "pretrain": suite(
         "Pre-training with its card, public-only terms, resume; sample",
         f"{MODELS}/test_pretrain.py",
         "tests/test_cli.py",
     ),
-    "metrics": suite("Metrics with hand-computed cases", f"{MODELS}/metrics"),
+    "metrics": suite(
+        "Metrics with hand-computed cases",
+        *(
+            f"{MODELS}/test_metrics_{name}.py"
+            for name in (
+                "coherence",
+                "features",
+                "image",
+                "series",
+                "sets",
+                "standard",
+                "table",
+                "uncertainty",
+                "utility",
+            )
+        ),
+    ),
     "export": suite("safetensors, a MONAI bundle that MONAI runs, model card", f"{MODELS}/test_export.py"),
     "probe": suite("The probe: every shipped network, folds, refusals by name", "tests/privacy/test_probe_networks.py"),
-    "bench": suite("Each row of the benchmark on a tiny case", f"{BENCH}/test_bench_tasks.py", f"{BENCH}/tasks"),
+    "bench": suite(
+        "Each row of the benchmark on a tiny case",
+        *(
+            f"{BENCH}/test_bench_{name}.py"
+            for name in (
+                "tasks",
+                "joint",
+                "tables",
+                "task_impute",
+                "petmr",
+                "cells",
+                "update",
+                "serial_cxr",
+                "task_standard",
+                "peers",
+                "ablations",
+                "task_codecs",
+            )
+        ),
+        f"{BENCH}/test_task_sheets.py",
+    ),
     "joint": row(
         "joint", "Joint MRI + table: FD, precision and recall, coherence, correlations within .15 of real rows"
     ),
