@@ -65,6 +65,7 @@ _SITES = 4_000_000
 _MEMBERS = 600
 """Members of a hospital here; more would spend the time of a call on drawing them."""
 DELTA = 1e-5
+STEPS = 300
 LEARNING_RATE = 2e-4
 CHUNK = 32
 FEWEST = 8
@@ -82,7 +83,8 @@ def figures(place: Place) -> list[Figure]:
     About a minute at ``public`` and two at the other privacies on one core, at the full sizes.
     """
     world = place.world()
-    banks = {family: fit_bank(family, world.public, place.seed) for family in ("dct", "atlas", "vae")}
+    steps = min(STEPS, place.sizes.pretrain_steps)
+    banks = {family: fit_bank(family, world.public, place.seed, steps) for family in ("dct", "atlas", "vae")}
     here = Shown(world.hospital_test, Lesioned.of(world.hospital_test_truth), "held-out hospital patients")
     if place.privacy == "public":
         tests = (Shown(world.public_test, Lesioned.of((world.public_test_truth,)), "public test patients"), here)
@@ -107,9 +109,9 @@ def schema_of(family: Family) -> Schema:
     return Schema(name=f"codecs-{family}", slots=tuple(slots))
 
 
-def fit_bank(family: Family, public: PatientBatch, seed: int) -> CodecBank:
-    """Codecs of one family, fitted on public patients."""
-    return CodecBank.fit_public(schema_of(family), public, seed)
+def fit_bank(family: Family, public: PatientBatch, seed: int, steps: int) -> CodecBank:
+    """Codecs of one family, fitted on public patients; autoencoders in ``steps`` steps."""
+    return CodecBank.fit_public(schema_of(family), public, seed, steps)
 
 
 # Lesions --------------------------------------------------------------------------------------------------------------
