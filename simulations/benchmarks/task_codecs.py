@@ -48,6 +48,7 @@ from simulations.benchmarks.task_figures import Figure, Privacy
 from simulations.benchmarks.tasks_world import HELD_CELLS, HOSPITALS, Place, Sizes
 
 PRIVACIES: tuple[Privacy, ...] = ("public", "inf", "8")
+USES_THE_WORLD = False  # trains codecs of its own
 Family = Literal["dct", "atlas", "vae"]
 F64 = NDArray[np.float64]
 Images = NDArray[np.float32]
