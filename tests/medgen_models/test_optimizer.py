@@ -61,7 +61,7 @@ def test_an_optimizer_that_is_restored_goes_on_as_if_it_had_never_stopped(models
     for number in range(2):
         step(other, stopped, number)
     later, restored = fresh()
-    later.load_state_dict({name: p.detach() for name, p in other.named_parameters()})
+    later.load_state_dict(other.state_dict())
     restored.restore({name: value.clone() for name, value in stopped.tensors().items()})
     for number in range(2, 4):
         step(later, restored, number)
