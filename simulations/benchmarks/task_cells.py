@@ -45,7 +45,7 @@ from simulations.benchmarks.tasks_world import HELD_CELLS, HOSPITALS, Place
 from simulations.phantom_attributes import measure_mri
 from simulations.phantom_population import PATHOLOGIES, SEQUENCES, Latents, Profile, draw_latents
 
-PRIVACIES: tuple[Privacy, ...] = ("public", "inf", "8")
+PRIVACIES: tuple[Privacy, ...] = ("inf", "8")
 USES_THE_WORLD = True
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -47,7 +47,7 @@ from simulations.benchmarks.task_figures import Figure, Privacy
 from simulations.benchmarks.tasks_world import Place, World
 
 F64 = NDArray[np.float64]
-PRIVACIES: tuple[Privacy, ...] = ("public", "inf", "8")
+PRIVACIES: tuple[Privacy, ...] = ("inf", "8")
 USES_THE_WORLD = True
 TARGETS = ("mri.a", "pet.fdg", "pet.av45")
 ROW = "ehr"

@@ -33,7 +33,7 @@ from simulations.benchmarks.task_figures import Figure, Privacy
 from simulations.benchmarks.tasks_world import Place
 
 F64 = NDArray[np.float64]
-PRIVACIES: tuple[Privacy, ...] = ("public", "inf", "8")
+PRIVACIES: tuple[Privacy, ...] = ("inf", "8")
 USES_THE_WORLD = True
 CORRELATION_BAR = 0.15
 """Largest difference from the correlation among real patients."""

@@ -45,7 +45,7 @@ from simulations.benchmarks.task_figures import Figure, Privacy
 from simulations.benchmarks.tasks_world import Place, Sizes
 from simulations.public_populations import limb_population
 
-PRIVACIES: tuple[Privacy, ...] = ("public", "inf", "8")
+PRIVACIES: tuple[Privacy, ...] = ("inf", "8")
 USES_THE_WORLD = False
 F64 = NDArray[np.float64]
 SHARES = Shares(row=0.1, joint=0.1, subset=0.7, update=0.0, dropped=0.1, conditional=0.0)
