@@ -4,7 +4,8 @@ A factor model of all tokens of a public population (one mean, R loadings, one r
 posterior mean under any mask and any noise level, from one R x R system per patient. The core adds to it: what a ridge
 regression knows of a missing image is known before the first step, and the network learns what is left. Without loadings it
 is the best estimate of each number by itself, (1 - t) x_t / ((1 - t)^2 + t^2). It holds public information only; nothing in
-it is trained on private patients.
+it is trained on private patients. One system per patient, whose matrix depends on masks and times alone: no record can make
+it singular.
 
 Shape legend: G folded batch, B patients, I instances, N tokens, W token width, F factors, D numbers of the model (valid
 token numbers, then one per level of every free factor of every instance), L of them labels, R loadings.
