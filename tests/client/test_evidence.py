@@ -112,7 +112,7 @@ def test_a_planted_copy_is_found_and_a_null_patient_never_is(asked: dict[str, An
     model, records, schema = asked["model"], asked["records"], asked["model"].schema
     null = PatientBatch.empty(schema, 2)
     everyone = PatientBatch.concat([records.members, null])
-    scores = evidence.score_all(model, everyone, records.held_out, records.members.select([0, 1]), draws=1)
+    scores = evidence.score_all(model, everyone, records.held_out, records.members.select([0, 1]), draws=4)
     assert set(scores) == {"loss", "loss-ratio", "nearest-neighbour", "copies", "blind"}
     copies = scores["copies"]
     np.testing.assert_array_equal(copies.member[:2], [1.0, 1.0])
