@@ -56,7 +56,7 @@ from simulations.benchmarks.tasks_world import Place
 from simulations.phantom_attributes import measure_film
 from simulations.phantom_population import PATHOLOGIES, Latents
 
-PRIVACIES: tuple[Privacy, ...] = ("inf", "8")
+PRIVACIES: tuple[Privacy, ...] = ("public", "inf", "8")
 USES_THE_WORLD = True
 F64 = NDArray[np.float64]
 DRAWS = 4
