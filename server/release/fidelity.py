@@ -20,6 +20,7 @@ from medgen_models.codecs.bank import CodecBank
 from medgen_models.metrics.features import radiomics
 from medgen_models.metrics.series import compare_series
 from medgen_models.metrics.sets import frechet_distance, manifold, standardise
+from medgen_models.metrics.standard import RESOLUTION
 from medgen_models.metrics.table import column_shapes, pair_trends, pearson
 from medgen_models.schema import IMAGE_KINDS, Column, Instance, PatientBatch, Schema, Slot, unscale
 from server.release.figures import contact_sheet
@@ -121,7 +122,7 @@ def _image_rows(
         a, b, synthetic = (_present(schema, batch, key) for batch in (first, second, cohort))
         if min(len(a), len(b), len(synthetic)) < FEWEST:
             continue
-        features = standardise(*(radiomics(images).values_BF for images in (a, b, synthetic)))
+        features = standardise(*(radiomics(images).values_BF for images in (a, b, synthetic)), least=RESOLUTION)
         value, floor = frechet_distance(features[0], features[2]), frechet_distance(features[0], features[1])
         rows.append(_row("image", key, "radiomic FD", value, floor, "lower"))
         near, base = manifold(features[0], features[2], NEIGHBOURS), manifold(features[0], features[1], NEIGHBOURS)

@@ -20,6 +20,7 @@ from medgen_models.heads import fit_outcome
 from medgen_models.metrics.coherence import compare_correlations, correlations
 from medgen_models.metrics.features import radiomics
 from medgen_models.metrics.sets import frechet_distance, manifold, standardise
+from medgen_models.metrics.standard import RESOLUTION
 from medgen_models.metrics.table import Kind, column_shapes, detection_auc, pair_trends
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.tokens import TokenBatch
@@ -157,7 +158,7 @@ def of_images(real: F64, coded: F64, measured: Mapping[str, F64]) -> list[Figure
     size = min(len(real), *(len(each) for each in measured.values()))
     out = []
     for label, truth in (("real", real[:size]), ("real through the codec", coded[:size])):
-        unit, *others = standardise(truth, *(each[:size] for each in measured.values()))
+        unit, *others = standardise(truth, *(each[:size] for each in measured.values()), least=RESOLUTION)
         sets = dict(zip(measured, others, strict=True))
         distance = {name: frechet_distance(unit, each) for name, each in sets.items()}
         out.append(beside(f"FD of jointly drawn MRI to {label}", distance))

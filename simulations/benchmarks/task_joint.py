@@ -23,6 +23,7 @@ from medgen_models.metrics.coherence import Target, compare_correlations, pairin
 from medgen_models.metrics.coherence import correlations as correlate
 from medgen_models.metrics.features import radiomics
 from medgen_models.metrics.sets import frechet_distance, manifold, standardise
+from medgen_models.metrics.standard import RESOLUTION
 from medgen_models.metrics.table import column_shapes, pair_trends
 from medgen_models.schema import PatientBatch, Schema
 from server.release.cohort import rows_from_public, sample_cohort
@@ -109,7 +110,7 @@ def image_figures(model: StudyModel, real: Halves, drawn: Mapping[str, PatientBa
     first, second = (mri_features(schema, half) for half in (real.first, real.second))
     sets = {way: mri_features(schema, batch) for way, batch in drawn.items()} | {"real half": second}
     size = min(len(first), *(len(each) for each in sets.values()))
-    reference, *others = (each[:size] for each in standardise(first, *sets.values()))
+    reference, *others = (each[:size] for each in standardise(first, *sets.values(), least=RESOLUTION))
     scaled = dict(zip(sets, others, strict=True))
     distances = {who: frechet_distance(reference, each) for who, each in scaled.items()}
     yield _beside("Fréchet distance of MRI, radiomics", distances, "")

@@ -31,6 +31,7 @@ from medgen_models.metrics.sets import (
     standardise,
     wasserstein,
 )
+from medgen_models.metrics.standard import RESOLUTION
 from medgen_models.metrics.table import auc, pearson
 from medgen_models.schema import PatientBatch, Schema
 from simulations.benchmarks.serial_films import (
@@ -334,8 +335,10 @@ def sets(place: Place, model: Model, test: PatientBatch, public: F64) -> list[Fi
         "other real films": public[: len(test)],
     }
     reference = radiomics(public).values_BF
-    real = standardise(reference, radiomics(truth).values_BF)[1]
-    features = {name: standardise(reference, radiomics(film).values_BF)[1] for name, film in films.items()}
+    real = standardise(reference, radiomics(truth).values_BF, least=RESOLUTION)[1]
+    features = {
+        name: standardise(reference, radiomics(film).values_BF, least=RESOLUTION)[1] for name, film in films.items()
+    }
     found: dict[str, dict[str, float]] = {
         "Fréchet distance (radiomics)": {n: frechet_distance(real, f) for n, f in features.items()},
         "kernel distance (radiomics)": {n: kernel_distance(real, f) for n, f in features.items()},
