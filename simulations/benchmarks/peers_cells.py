@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from medgen_models.assembly import StudyModel
 from medgen_models.metrics.features import radiomics
 from medgen_models.metrics.sets import frechet_distance, standardise
+from medgen_models.metrics.standard import RESOLUTION
 from simulations.benchmarks import peer_latent_unet
 from simulations.benchmarks.peer_training import Budget, Compared, Widths, beside
 from simulations.benchmarks.task_cells import (
@@ -94,7 +95,7 @@ def compared_cells(
 
     def distance(real: Features, made: Features, cells: Sequence[Cell]) -> float:
         """Mean over cells of the Fréchet distance in texture, in units of the real images' spread over all cells."""
-        pairs = [standardise(pooled, real[cell][0], made[cell][0])[1:] for cell in cells]
+        pairs = [standardise(pooled, real[cell][0], made[cell][0], least=RESOLUTION)[1:] for cell in cells]
         return float(np.mean([frechet_distance(*pair) for pair in pairs]))
 
     out = []
