@@ -19,6 +19,7 @@ from medgen_models.adapters import trainable
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import CoreConfig, TokenCore
 from medgen_models.flow import FlowConfig, draw, make_unit_loss, make_units, objective_of, patient_losses
+from medgen_models.gaussian_prior import fit_gaussian_prior
 from medgen_models.layout import Layout
 from medgen_models.optimizer import PublicOptimizer
 from medgen_models.pretrain import PretrainConfig, train_core
@@ -37,6 +38,8 @@ PATIENTS, RATE, STEPS, CHUNK = 400, 0.08, 400, 32
 PUBLIC_STEPS, PUBLIC_BATCH = 800, 64
 DRAWN, SAMPLER_STEPS = 32, 20
 REPEATS = 5
+SMOKE = CoreConfig(prior_rank=PretrainConfig().prior_rank)
+"""The smoke core as pre-training makes it."""
 PATIENT_COUNTS = (8, 16, 32, 64, 128)
 COPIES = (1, 2, 4, 8)
 """How often the image slots are repeated for the curve against tokens."""
@@ -55,7 +58,8 @@ def rows(plot: Path | None) -> list[Row]:
     people = phantoms.to_batch(schema, phantoms.make_patients(PATIENTS, seed=5))
     bank = CodecBank.fit_public(schema, people, seed=5)
     tokens = bank.encode(people)
-    core = TokenCore(bank.layout, CoreConfig(), torch.Generator().manual_seed(5)).requires_grad_(False)
+    core = TokenCore(bank.layout, SMOKE, torch.Generator().manual_seed(5)).requires_grad_(False)
+    core.prior.load_state_dict(fit_gaussian_prior(bank.layout, tokens, SMOKE.prior_rank).state_dict())
     size = sum(p.numel() for p in core.parameters())
     out = [
         Row.at_most("tokens of the smoke preset", bank.layout.tokens, TOKENS_BAR, peers={"weights": size}),
@@ -120,7 +124,7 @@ def _private_s(core: TokenCore, tokens: TokenBatch) -> float:
 
 
 def _public(layout: Layout, tokens: TokenBatch) -> None:
-    train_core(layout, tokens, PretrainConfig(steps=PUBLIC_STEPS, batch=PUBLIC_BATCH), seed=5)
+    train_core(layout, tokens, PretrainConfig(steps=PUBLIC_STEPS, batch=PUBLIC_BATCH, core=SMOKE), seed=5)
 
 
 def _sample(core: TokenCore, tokens: TokenBatch) -> None:
@@ -135,7 +139,7 @@ def _sample(core: TokenCore, tokens: TokenBatch) -> None:
 
 def _step_s(schema: Schema, patients: int) -> float:
     """Median time of a public step on made-up tokens."""
-    layout, config = Layout.of(schema), PretrainConfig()
+    layout, config = Layout.of(schema), PretrainConfig(core=SMOKE)
     generator = torch.Generator().manual_seed(patients)
     core = TokenCore(layout, config.core, generator)
     empty = TokenBatch.empty(layout, patients)
