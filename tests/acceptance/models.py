@@ -72,11 +72,17 @@ def gpu(work: Path) -> str:
     """The base preset trains and samples one step on one GPU in bf16, its memory stated."""
     import torch
 
+    from medgen_models.devices import best_device
+    from medgen_models.layout import Layout
+    from medgen_models.presets import core_preset, schema_preset
+    from medgen_models.step_cost import measured_step, step_memory
+    from simulations.phantoms import demo_schema
+
+    layout = Layout.of(schema_preset(demo_schema(), "base"))
+    counted = step_memory(layout, core_preset("base"))
     if not torch.cuda.is_available():
-        raise Skipped(
-            "there is no GPU on this machine; parameters and memory of the base preset are stated by arithmetic"
-        )
-    return suite("", "tests/medgen_models/test_presets.py", marker="gpu")(work)
+        raise Skipped(f"there is no GPU on this machine; counted for {layout.tokens} tokens: {counted}")
+    return str(measured_step(layout, core_preset("base"), 4, best_device()))
 
 
 MODELS, BENCH = "tests/medgen_models", "tests/simulations"
