@@ -107,7 +107,7 @@ class PretrainConfig:
     weight_decay: float = 1e-2
     lora_rank: int = 4
     hinge: float = 0.3
-    prior_rank: int = 48
+    prior_rank: int = 80
     core: CoreConfig = dataclasses.field(default_factory=CoreConfig)
     flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
     terms: PublicTerms = dataclasses.field(default_factory=PublicTerms)

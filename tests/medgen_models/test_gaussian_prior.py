@@ -14,38 +14,99 @@ from medgen_models.schema import PatientBatch, Schema
 from medgen_models.tokens import TokenBatch
 
 
-def test_the_posterior_is_that_of_the_joint_gaussian(models_layout: Layout) -> None:
-    """Against conditioning the whole covariance by hand, with labels unknown: given numbers are clean, noised are x_t."""
+@pytest.mark.parametrize("level", [0, 2])
+def test_the_posterior_is_that_of_the_joint_gaussian(models_layout: Layout, level: int) -> None:
+    """Against conditioning the whole covariance by hand: given numbers are clean, noised are x_t, scans at one level."""
     g = torch.Generator().manual_seed(0)
-    numbers = models_layout.valid_NW().flatten().nonzero().flatten()
-    labels = 2 * 2  # two scans, two free levels each
-    size = len(numbers) + labels
     prior = GaussianPrior(models_layout, 3).double()
+    size = len(prior.mean_D)
     prior.mean_D.copy_(torch.randn(size, generator=g))
     prior.loading_DR.copy_(torch.randn(size, 3, generator=g))
     prior.residual_D.copy_(0.2 + torch.rand(size, generator=g))
     state = torch.full((1, models_layout.instances), ABSENT)
-    state[0, 1], state[0, 2], state[0, 5] = GIVEN, NOISED, NOISED
+    state[0, 0], state[0, 1], state[0, 2], state[0, 5] = NOISED, GIVEN, NOISED, NOISED
     time = torch.zeros(1, models_layout.instances).double()
-    time[0, 2], time[0, 5] = 0.7, 0.3
+    time[0, 0], time[0, 2], time[0, 5] = 0.4, 0.7, 0.3
     x = torch.randn(1, models_layout.tokens, models_layout.width, generator=g).double()
     factor = torch.zeros(1, models_layout.instances, 2, dtype=torch.int64)
-    torch.set_default_dtype(torch.float64)
-    try:
-        found = prior(x, (state != ABSENT).double(), time, factor)[0].flatten()[numbers]
-    finally:
-        torch.set_default_dtype(torch.float32)
+    look = int(prior.look[0])
+    factor[0, :2, look] = level
+    found = prior(x, (state != ABSENT).double(), time, factor)[0].flatten()[prior.numbers]
 
-    instance = models_layout.onehot_NI().argmax(1)[numbers // models_layout.width]
-    n = len(numbers)
-    covariance = prior.loading_DR[:n] @ prior.loading_DR[:n].T + prior.residual_D[:n].diag()
-    t = time[0, instance]
-    seen = (state[0, instance] != ABSENT).nonzero().flatten()
+    rows = []
+    for i, blocks in enumerate(prior.blocks):
+        chosen = blocks[level] if i < 2 else blocks[0]
+        rows += range(chosen.start, chosen.stop)
+    mean, loading, residual = prior.mean_D[rows], prior.loading_DR[rows], prior.residual_D[rows]
+    covariance = loading @ loading.T + residual.diag()
+    t = time[0, prior.instance]
+    seen = (state[0, prior.instance] != ABSENT).nonzero().flatten()
     scale = 1.0 - t[seen]
     joint = scale[:, None] * covariance[seen][:, seen] * scale + t[seen].square().diag()
-    away = x[0].flatten()[numbers][seen] - scale * prior.mean_D[:n][seen]
-    expected = prior.mean_D[:n] + (covariance[:, seen] * scale) @ torch.linalg.solve(joint, away)
+    away = x[0].flatten()[prior.numbers][seen] - scale * mean[seen]
+    expected = mean + (covariance[:, seen] * scale) @ torch.linalg.solve(joint, away)
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_each_level_of_a_look_shows_one_anatomy_in_its_own_way(models_layout: Layout) -> None:
+    """Level 2 is the negative of level 1, with another mean. One scan at either level fills the other at either level."""
+    g = torch.Generator().manual_seed(3)
+    count, numbers = 400, 8
+    tokens = TokenBatch.empty(models_layout, count)
+    hidden = torch.randn(count, 1, 2, generator=g)
+    ways = torch.randn(2, numbers, generator=g)
+    look = int(GaussianPrior(models_layout, 1).look[0])
+    factor = tokens.factor_BVIF.clone()
+    factor[:, :, :2, look] = torch.randint(1, 3, (count, 1, 2), generator=g).expand(factor[:, :, :2, look].shape)
+    z = torch.randn(tokens.z_BVNW.shape, generator=g)
+    anatomy = (hidden @ ways)[:, 0]
+    for i in (0, 1):
+        sign = 3.0 - 2.0 * factor[:, 0, i, look, None]
+        z[:, :, models_layout.span(i), :numbers] = (sign * anatomy + 0.5 * (sign < 0) + 0.3 * i)[:, None, None]
+    present = torch.zeros_like(tokens.present_BVI)
+    present[:, :, :2] = True
+    full = dataclasses.replace(
+        tokens, z_BVNW=z, present_BVI=present, factor_BVIF=factor, visit_BV=torch.ones_like(tokens.visit_BV)
+    )
+    prior = fit_gaussian_prior(models_layout, full, rank=4, steps=40)
+    state = torch.full((count, models_layout.instances), ABSENT)
+    state[:, 0], state[:, 1] = GIVEN, NOISED
+    guess = prior(z[:, 0], (state != ABSENT).float(), (state == NOISED).float(), factor[:, 0])
+    wanted = z[:, 0, models_layout.span(1), :numbers]
+    error = (guess[:, models_layout.span(1), :numbers] - wanted).square().mean() / wanted.var()
+    assert float(error) < 0.1
+    unknown = prior(z[:, 0], (state != ABSENT).float(), (state == NOISED).float(), torch.zeros_like(factor[:, 0]))
+    blind = (unknown[:, models_layout.span(1), :numbers] - wanted).square().mean() / wanted.var()
+    assert float(blind) > 0.5
+
+
+def test_what_a_level_never_showed_is_known_from_another(models_layout: Layout) -> None:
+    """Level 2 shows level 1 at half contrast, and no record at level 2 varies as much: the mix of loadings goes beyond them."""
+    g = torch.Generator().manual_seed(4)
+    count, numbers = 300, 16
+    tokens = TokenBatch.empty(models_layout, count)
+    look = int(GaussianPrior(models_layout, 1).look[0])
+    size = torch.randn(count, 1, generator=g)
+    level = torch.where(size[:, 0].abs() < 0.3, 2, 1)
+    factor = tokens.factor_BVIF.clone()
+    factor[:, 0, 0, look] = level
+    way = torch.randn(1, numbers, generator=g)
+    z = torch.zeros_like(tokens.z_BVNW)
+    z[:, 0, 0, :numbers] = size * way / level[:, None] + 0.3 * torch.randn(count, numbers, generator=g)
+    z[:, 0, models_layout.span(2), 0] = size + 0.1 * torch.randn(count, models_layout.tokens_I[2], generator=g)
+    present = torch.zeros_like(tokens.present_BVI)
+    present[:, :, [0, 2]] = True
+    full = dataclasses.replace(
+        tokens, z_BVNW=z, present_BVI=present, factor_BVIF=factor, visit_BV=torch.ones_like(tokens.visit_BV)
+    )
+    prior = fit_gaussian_prior(models_layout, full, rank=3, steps=40)
+    state = torch.full((1, models_layout.instances), ABSENT)
+    state[0, 0], state[0, 2] = NOISED, GIVEN
+    asked, at = torch.zeros_like(factor[:1, 0]), torch.zeros_like(z[:1, 0])
+    asked[0, 0, look], at[0, models_layout.span(2), 0] = 2, 2.5
+    found = prior(at, (state != ABSENT).float(), (state == NOISED).float(), asked)[0, 0, :numbers]
+    slope = float(found @ way[0] / way[0].square().sum())
+    assert slope == pytest.approx(1.25, abs=0.2)
 
 
 def test_pure_noise_says_nothing_and_given_comes_back(
