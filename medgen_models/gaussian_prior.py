@@ -165,6 +165,10 @@ def _look(layout: Layout, slot: Slot) -> int:
     return -1
 
 
+def _name(layout: Layout, factor: int) -> str:
+    return layout.factors[factor].name if factor >= 0 else "no factor"
+
+
 @torch.no_grad()
 def fit_gaussian_prior(
     layout: Layout, public: TokenBatch, rank: int = 80, steps: int = 25, floor: float = 0.03, seed: int = 0
@@ -326,9 +330,15 @@ def marginal(prior: GaussianPrior, source: Layout, target: Layout) -> GaussianPr
         target: a layout whose instances, with their tokens and factors, are among those of ``source``.
 
     Raises:
-        ValueError: an instance that ``source`` does not have.
+        ValueError: an instance that ``source`` does not have, or another factor says how its images look.
     """
     out = GaussianPrior(target, prior.rank)
+    for key, factor in zip(target.keys, out.look.tolist(), strict=True):
+        looks, looked = _name(target, factor), _name(source, int(prior.look[source.place(key)]))
+        if looks != looked:
+            raise ValueError(
+                f"{key}: its look follows {looks}, in the whole study {looked}; keep the factors in their order"
+            )
     names = [factor.name for factor in source.factors]
     starts, at = {}, prior.rows
     for i, f, levels in prior.labels:

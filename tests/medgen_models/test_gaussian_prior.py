@@ -33,7 +33,7 @@ def test_the_posterior_is_that_of_the_joint_gaussian(models_layout: Layout, leve
     factor[0, :2, look] = level
     found = prior(x, (state != ABSENT).double(), time, factor)[0].flatten()[prior.numbers]
 
-    rows = []
+    rows: list[int] = []
     for i, blocks in enumerate(prior.blocks):
         chosen = blocks[level] if i < 2 else blocks[0]
         rows += range(chosen.start, chosen.stop)
@@ -204,24 +204,35 @@ def test_one_patient_never_moves_another(
     torch.testing.assert_close(single, first, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("slot", ["film", "scan"])
 def test_a_marginal_says_what_the_whole_says_with_the_others_absent(
-    models_layout: Layout, models_bank: CodecBank, models_public: PatientBatch
+    models_layout: Layout, models_bank: CodecBank, models_public: PatientBatch, slot: str
 ) -> None:
     tokens = models_bank.encode(models_public)
     whole = fit_gaussian_prior(models_layout, tokens, rank=4, steps=5)
-    schema = models_layout.schema
-    own = schema.slot("film")
-    part = Layout.of(Schema(name="film", slots=(own,), max_visits=schema.max_visits))
+    part = _alone(models_layout.schema, slot)
     alone = marginal(whole, models_layout, part)
-    here = torch.zeros(2, models_layout.instances)
+    here = torch.zeros(4, models_layout.instances)
     places = [models_layout.place(key) for key in part.keys]
     here[:, places] = 1.0
     time = 0.4 * here
-    z, factor = (
-        tokens.z_BVNW[:2, 0],
-        torch.zeros(2, models_layout.instances, len(models_layout.factors), dtype=torch.int64),
-    )
+    z, factor = tokens.z_BVNW[:4, 0], tokens.factor_BVIF[:4, 0]
     span = slice(models_layout.span(places[0]).start, models_layout.span(places[-1]).stop)
-    found = alone(z[:, span, : part.width], here[:, places], time[:, places], factor[:, places, :0])
+    own = [models_layout.factors.index(f) for f in models_layout.schema.slot(slot).factors]
+    found = alone(z[:, span, : part.width], here[:, places], time[:, places], factor[:, places][..., own])
     expected = whole(z, here, time, factor)[:, span, : part.width]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_marginal_keeps_what_says_how_images_look(models_layout: Layout) -> None:
+    part = _alone(models_layout.schema, "scan", turned=True)
+    with pytest.raises(ValueError, match=r"scan\.a: its look follows disease, in the whole study kind"):
+        marginal(GaussianPrior(models_layout, 2), models_layout, part)
+
+
+def _alone(schema: Schema, name: str, turned: bool = False) -> Layout:
+    """One slot without its table: factors stay, cut off from their columns."""
+    own = schema.slot(name)
+    factors = tuple(factor.model_copy(update={"column": ""}) for factor in own.factors)
+    own = own.model_copy(update={"factors": factors[::-1] if turned else factors})
+    return Layout.of(Schema(name=name, slots=(own,), max_visits=schema.max_visits))
