@@ -10,8 +10,9 @@ the same sequence lie about as near as two real parts. Principal components of r
 
 The classifier is fitted on real images of all cells, the two held-out ones among them, and knows no codec: principal
 components of means over blocks of two voxels. It names the sequence first, then the pathology within that sequence, since
-what is bright in one sequence is dark in another. Scales of guidance were chosen on development seeds. Shape legend:
-N images, X voxels, F features.
+what is bright in one sequence is dark in another. Nothing is guided: on a development seed a scale of 2 on the pathology
+recognises no more and exaggerates (ventricles of dementia rise by 47 ml, real ones by 37, unguided ones by 36).
+Shape legend: N images, X voxels, F features.
 """
 
 from __future__ import annotations
@@ -55,8 +56,6 @@ CELLS: tuple[Cell, ...] = tuple(itertools.product(PATHOLOGIES, SEQUENCES))
 SEEN: tuple[Cell, ...] = tuple(cell for cell in CELLS if cell not in HELD_CELLS)
 SLOT, PLACE = "mri", "mri.a"
 """The instance that is drawn: a patient with one MRI has it here."""
-GUIDANCE: Mapping[str, float] = {"pathology": 4.0, "sequence": 1.0}
-RESCALE = 0.7
 STEPS = 10
 AIR = -0.85
 """Intensity below which a voxel is air."""
@@ -194,7 +193,7 @@ def real_cells(profiles: Sequence[Profile], per_cell: int, seed: int) -> dict[Ce
 def draw_cells(
     model: StudyModel, cells: Sequence[Cell], per_cell: int, steps: int, seed: int, noise: Tensor | None = None
 ) -> dict[Cell, F32]:
-    """``per_cell`` images of each of ``cells``, drawn by the conditional task with guidance per factor.
+    """``per_cell`` images of each of ``cells``, drawn by the conditional task.
 
     Args:
         model: codecs and core.
@@ -223,8 +222,6 @@ def draw_cells(
             state_BVI[here],
             generator=generator,
             steps=steps,
-            factor_guidance=GUIDANCE,
-            rescale=RESCALE,
             noise_BVNW=start_BVNW[here],
         )
         drawn.append(bank.decode(z_BVNW)[PLACE][:, 0])
