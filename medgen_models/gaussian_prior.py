@@ -30,11 +30,12 @@ _LABEL = 2.0
 _PRIOR_COUNT = 2.0
 _LEVEL_COUNT = 60.0
 """Records' worth of the other levels' mix in the loadings of each level."""
-_ROW_RIDGE, _RIDGE, _LEAST_RIDGE = 1.0, 5.0, 1e-3
-"""Records' worth of zero in the loadings of a table, of everything else, and in means."""
+_ROW_RIDGE, _RIDGES, _LEAST_RIDGE = 1.0, (1.0, 30.0), 1e-3
+"""Records' worth of zero in the loadings of a table, in those of everything else (within these bounds: the residual over the
+mean square of a number's loadings, as few records and little that is explained ask for), and in means."""
 _EXPLAINED, _ROW_RESIDUAL = 0.35, 0.1
-"""Most of a table's number that may stay unexplained. Its numbers are few beside those of images and would be explained last,
-though what they say of images is what a release draws by."""
+"""A table's number of which less than the first is left unexplained is explained to all but the second. Its numbers are few
+beside those of images and would be explained last, though what they say of images is what a release draws by."""
 
 
 class GaussianPrior(nn.Module):
@@ -273,11 +274,8 @@ def _expected(groups: list[_Group], model: _Model) -> tuple[Tensor, Tensor]:
 def _maximise(group: _Group, shared_GR: Tensor, spread_GRR: Tensor, model: _Model, floor: float) -> None:
     """Regress what was observed on h and each place's 1: all levels together, then each drawn towards a mix of the others."""
     places, rank, numbers = len(group.rows), shared_GR.shape[1], group.x_PGT.shape[2]
-    ridge_E = torch.cat(
-        [torch.full((rank,), _ROW_RIDGE if group.of_row else _RIDGE), torch.full((places,), _LEAST_RIDGE)]
-    )
     around_TE, around_T = torch.zeros(numbers, rank + places), torch.ones(numbers)
-    for level in range(len(group.rows[0])):
+    for level, rows in enumerate(group.rows[0]):
         seen_PG = group.level_PG >= 0 if level == 0 else group.level_PG == level
         place_C, who_C = seen_PG.nonzero().unbind(1)
         x_CT = group.x_PGT[place_C, who_C]
@@ -286,7 +284,13 @@ def _maximise(group: _Group, shared_GR: Tensor, spread_GRR: Tensor, model: _Mode
         cross_TE = x_CT.mT @ on_CE
         if level > 0:
             around_TE[:, :rank] = _mixed(group, level, total_EE, cross_TE, model)
-        found_TE = torch.linalg.solve(total_EE + ridge_E.diag(), (cross_TE + ridge_E * around_TE).mT).mT
+            ridge_T = torch.full((numbers,), _LEVEL_COUNT)
+        elif group.of_row:
+            ridge_T = torch.full((numbers,), _ROW_RIDGE)
+        else:
+            size_T = model.loading_DR[rows].square().mean(1)
+            ridge_T = (model.residual_D[rows] / size_T.clamp_min(1e-9)).clamp(*_RIDGES)
+        found_TE = _regress(total_EE, cross_TE, ridge_T, around_TE, rank)
         fitted_T = torch.einsum("te,ef,tf->t", found_TE, total_EE, found_TE)
         left_T = x_CT.square().sum(0) - 2.0 * (cross_TE * found_TE).sum(1) + fitted_T
         residual_T = (left_T + _PRIOR_COUNT * around_T) / (len(x_CT) + _PRIOR_COUNT)
@@ -299,7 +303,21 @@ def _maximise(group: _Group, shared_GR: Tensor, spread_GRR: Tensor, model: _Mode
             model.residual_D[blocks[level]] = residual_T
         if level == 0:
             around_TE, around_T = found_TE.clone(), residual_T
-            ridge_E[:rank] = _LEVEL_COUNT
+
+
+def _regress(total_EE: Tensor, cross_TE: Tensor, ridge_T: Tensor, around_TE: Tensor, rank: int) -> Tensor:
+    """Ridge regression of every number on (h, places), each with its own ridge around its own centre: (T, E).
+
+    One eigendecomposition serves all numbers.
+    """
+    count_P = total_EE[rank:, rank:].diagonal() + _LEAST_RIDGE
+    shift_RP = total_EE[:rank, rank:] / count_P
+    spread_RR = total_EE[:rank, :rank] - shift_RP @ total_EE[rank:, :rank]
+    sums_TP = cross_TE[:, rank:] + _LEAST_RIDGE * around_TE[:, rank:]
+    size_R, turn_RR = torch.linalg.eigh(spread_RR)
+    pulled_TR = cross_TE[:, :rank] - sums_TP @ shift_RP.mT + ridge_T[:, None] * around_TE[:, :rank]
+    loading_TR = (pulled_TR @ turn_RR) / (size_R.clamp_min(0.0) + ridge_T[:, None]) @ turn_RR.mT
+    return torch.cat([loading_TR, (sums_TP - loading_TR @ total_EE[:rank, rank:]) / count_P], dim=1)
 
 
 def _mixed(group: _Group, level: int, total_EE: Tensor, cross_TE: Tensor, model: _Model) -> Tensor:
