@@ -116,6 +116,11 @@ class GaussianPrior(nn.Module):
             time_GI: 0 where given.
             factor_GIF: factor levels, 0 for unknown or dropped.
         """
+        # Sums over hundreds of numbers and an inverse: not in bfloat16, whatever the core computes in.
+        with torch.autocast(x_GNW.device.type, enabled=False):
+            return self._posterior(x_GNW, present_GI, time_GI, factor_GIF)
+
+    def _posterior(self, x_GNW: Tensor, present_GI: Tensor, time_GI: Tensor, factor_GIF: Tensor) -> Tensor:
         row_GT = self.first + self.stride * self.levels(factor_GIF)[:, self.instance]
         mean_GT, residual_GT = self.mean_D[row_GT], self.residual_D[row_GT]
         flat_GT, t_GT = x_GNW.flatten(1)[:, self.numbers], time_GI[:, self.instance]

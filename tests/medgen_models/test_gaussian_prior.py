@@ -204,6 +204,18 @@ def test_one_patient_never_moves_another(
     torch.testing.assert_close(single, first, atol=1e-5, rtol=1e-5)
 
 
+def test_bfloat16_around_it_changes_nothing(
+    models_layout: Layout, models_bank: CodecBank, models_public: PatientBatch
+) -> None:
+    tokens = models_bank.encode(models_public)
+    prior = fit_gaussian_prior(models_layout, tokens, rank=4, steps=5)
+    here = tokens.present_BVI[:, 0].float()
+    asked = (tokens.z_BVNW[:, 0], here, 0.3 * here, tokens.factor_BVIF[:, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = prior(*asked)
+    assert torch.equal(rounded, prior(*asked))
+
+
 @pytest.mark.parametrize("slot", ["film", "scan"])
 def test_a_marginal_says_what_the_whole_says_with_the_others_absent(
     models_layout: Layout, models_bank: CodecBank, models_public: PatientBatch, slot: str
