@@ -8,9 +8,9 @@ Without loadings it is the best estimate of each number by itself, (1 - t) x_t /
 information only; nothing in it is trained on private patients. One system per patient, whose matrix depends on masks, times
 and factors alone: no record can make it singular.
 
-Shape legend: G folded batch, B patients, I instances, N tokens, W token width, F factors, R loadings, E = R + 1 (the mean is
-one more loading, on 1), T valid token numbers, D rows of the model (T numbers once per level of their instance's look, level
-0 for unknown, then L numbers of labels).
+Shape legend: G folded batch, B patients, I instances, N tokens, W token width, F factors, R loadings, P places that
+share loadings, E = R + P (the mean of each place is one more loading, on 1), C records seen at one level, K other levels, T valid
+token numbers, D rows of the model (T numbers once per level of their instance's look, level 0 for unknown, then L of labels).
 """
 
 from __future__ import annotations
@@ -288,7 +288,8 @@ def _maximise(group: _Group, shared_GR: Tensor, spread_GRR: Tensor, model: _Mode
         total_EE = on_CE.mT @ on_CE + nn.functional.pad(spread_GRR[who_C].sum(0), (0, places, 0, places))
         cross_TE = x_CT.mT @ on_CE
         if level > 0:
-            around_TE[:, :rank] = _mixed(group, level, total_EE, cross_TE, model)
+            if len(group.rows[0]) > 2:  # a look of one level has no other to learn from: it stays near the pooled rows
+                around_TE[:, :rank] = _mixed(group, level, total_EE, cross_TE, model)
             ridge_T = torch.full((numbers,), _LEVEL_COUNT)
         elif group.of_row:
             ridge_T = torch.full((numbers,), _ROW_RIDGE)

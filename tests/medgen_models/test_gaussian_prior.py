@@ -10,7 +10,7 @@ from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import ABSENT, GIVEN, NOISED, CoreConfig, TokenCore
 from medgen_models.gaussian_prior import GaussianPrior, fit_gaussian_prior, marginal
 from medgen_models.layout import Layout
-from medgen_models.schema import PatientBatch, Schema
+from medgen_models.schema import Factor, Instance, PatientBatch, Schema, Slot
 from medgen_models.tokens import TokenBatch
 
 
@@ -202,6 +202,33 @@ def test_one_patient_never_moves_another(
     assert torch.equal(prior(other, here, time, factor)[0], first[0])
     single = torch.func.vmap(lambda *unit: prior(*(value[None] for value in unit))[0])(z, here, time, factor)
     torch.testing.assert_close(single, first, atol=1e-5, rtol=1e-5)
+
+
+def test_a_look_of_one_level_has_no_other_to_learn_from() -> None:
+    only = Factor(name="kind", levels=("T1w",))
+    slot = Slot(
+        name="scan",
+        kind="volume",
+        codec="dct",
+        shape=(8, 8, 8),
+        voxel_mm=(1.0, 1.0, 1.0),
+        instances=(Instance(name="a"),),
+        factors=(only,),
+    )
+    layout = Layout.of(Schema(name="one", slots=(slot,)))
+    empty, g = TokenBatch.empty(layout, 50), torch.Generator().manual_seed(0)
+    z = torch.randn(50, 1, 1, 1, generator=g) * torch.ones_like(empty.z_BVNW)
+    full = dataclasses.replace(
+        empty,
+        z_BVNW=z,
+        present_BVI=torch.ones_like(empty.present_BVI),
+        visit_BV=torch.ones_like(empty.visit_BV),
+        factor_BVIF=torch.ones_like(empty.factor_BVIF),
+    )
+    prior = fit_gaussian_prior(layout, full, rank=1, steps=30)
+    own, pooled = prior.loading_DR[prior.blocks[0][1]], prior.loading_DR[prior.blocks[0][0]]
+    torch.testing.assert_close(own, pooled, atol=0.05, rtol=0.05)
+    assert float(own.abs().mean()) > 0.3
 
 
 def test_bfloat16_around_it_changes_nothing(
