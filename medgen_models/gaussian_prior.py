@@ -16,6 +16,7 @@ token numbers, D rows of the model (T numbers once per level of their instance's
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -116,8 +117,10 @@ class GaussianPrior(nn.Module):
             time_GI: 0 where given.
             factor_GIF: factor levels, 0 for unknown or dropped.
         """
-        # Sums over hundreds of numbers and an inverse: not in bfloat16, whatever the core computes in.
-        with torch.autocast(x_GNW.device.type, enabled=False):
+        # Sums over hundreds of numbers and an inverse: not in bfloat16, whatever the core computes in. Shapes alone
+        # (device "meta") know no autocast.
+        kind = x_GNW.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             return self._posterior(x_GNW, present_GI, time_GI, factor_GIF)
 
     def _posterior(self, x_GNW: Tensor, present_GI: Tensor, time_GI: Tensor, factor_GIF: Tensor) -> Tensor:

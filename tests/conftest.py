@@ -45,7 +45,7 @@ draws = 1
 pairs = 8
 
 [study.execution]
-deadline_s = 30.0
+deadline_s = 120.0
 
 [public]
 population = "phantoms"
