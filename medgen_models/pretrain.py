@@ -27,6 +27,7 @@ from medgen_models.optimizer import PublicOptimizer
 from medgen_models.public_model import PublicModel
 from medgen_models.public_numbers import Biomarkers, clip_norms, fit_readouts, gap_quantiles
 from medgen_models.public_terms import PublicTerms, contrastive_loss, refined_bank
+from medgen_models.scanners import through_other_scanners
 from medgen_models.schema import IMAGE_KINDS, PatientBatch, Schema
 from medgen_models.terms import Readout
 from medgen_models.tokens import TokenBatch
@@ -90,6 +91,8 @@ class PretrainConfig:
         warmup: steps of the warm-up.
         average: decay of the running mean of the weights, which is what is kept.
         lora_rank: rank at which the adapters' gradient norm is measured.
+        scanners: spread of the density curves that the core sees public films through (see :mod:`medgen_models.scanners`);
+            0 shows them as they are.
         prior_rank: loadings of the Gaussian over all tokens that is fitted first and that the core adds to.
         hinge: weight of the hinge here, in public training; private steps take ``flow.hinge``, whose second pass they may
             not want to pay.
@@ -107,6 +110,7 @@ class PretrainConfig:
     weight_decay: float = 1e-2
     lora_rank: int = 4
     hinge: float = 0.3
+    scanners: float = 0.06
     prior_rank: int = 80
     core: CoreConfig = dataclasses.field(default_factory=CoreConfig)
     flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
@@ -145,6 +149,7 @@ def pretrain(
     bank = CodecBank.fit_public(schema, public, seed, config.vae_steps, weights)
     if config.terms.adversarial or config.terms.perceptual:
         bank = refined_bank(bank, public, config.terms, seed)
+    public = through_other_scanners(schema, public, config.scanners, seed)
     tokens = bank.encode(public)
     if not bool((tokens.weight_BVNW > 0).any()):
         raise ValueError(
