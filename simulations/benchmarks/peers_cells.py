@@ -17,17 +17,9 @@ from medgen_models.metrics.features import radiomics
 from medgen_models.metrics.sets import frechet_distance, standardise
 from medgen_models.metrics.standard import RESOLUTION
 from simulations.benchmarks import peer_latent_unet
+from simulations.benchmarks.cell_reader import CELLS, Cell, Reader, blocks
 from simulations.benchmarks.peer_training import Budget, Compared, Widths, beside
-from simulations.benchmarks.task_cells import (
-    CELLS,
-    Cell,
-    Reader,
-    blocks,
-    draw_cells,
-    images_per_cell,
-    real_cells,
-    through_codec,
-)
+from simulations.benchmarks.task_cells import draw_cells, images_per_cell, real_cells, through_codec
 from simulations.benchmarks.task_figures import Figure
 from simulations.benchmarks.tasks_world import HELD_CELLS, Place
 from simulations.phantom_population import PATHOLOGIES, SEQUENCES, Profile

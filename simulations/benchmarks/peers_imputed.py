@@ -21,9 +21,9 @@ from medgen_models.sampler import sample
 from medgen_models.schema import PatientBatch
 from medgen_models.tokens import TokenBatch
 from simulations.benchmarks import peer_per_target
+from simulations.benchmarks.cell_reader import blocks
 from simulations.benchmarks.peer_per_target import TARGETS, Target
 from simulations.benchmarks.peer_training import Budget, Compared, Widths, beside
-from simulations.benchmarks.task_cells import blocks
 from simulations.benchmarks.task_figures import Figure
 from simulations.benchmarks.tasks_world import Place
 

@@ -8,9 +8,8 @@ Distances are taken in two feature spaces, both without air (:data:`AIR`), whose
 outweigh everything else. Radiomics see texture wherever it is: a sequence far better than a pathology, whose neighbours of
 the same sequence lie about as near as two real parts. Principal components of real images see where something is bright.
 
-The classifier is fitted on real images of all cells, the two held-out ones among them, and knows no codec: principal
-components of means over blocks of two voxels. It names the sequence first, then the pathology within that sequence, since
-what is bright in one sequence is dark in another. Nothing is guided: on a development seed a scale of 2 on the pathology
+The classifier (:mod:`simulations.benchmarks.cell_reader`) is fitted on real images of all cells, the two held-out ones
+among them. Nothing is guided: on a development seed a scale of 2 on the pathology
 has 1.00 instead of .98 of it recognised and exaggerates it (ventricles of dementia rise by 47 ml, real ones by 37, unguided 36).
 Shape legend: N images, X voxels, F features.
 """
@@ -18,22 +17,19 @@ Shape legend: N images, X voxels, F features.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from medgen_models.assembly import StudyModel
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.core import TokenCore
 from medgen_models.gaussian_prior import marginal
-from medgen_models.heads import Predictor, fit_predictor
 from medgen_models.layout import Layout
-from medgen_models.metrics.features import halve, radiomics
+from medgen_models.metrics.features import radiomics
 from medgen_models.metrics.image import ms_ssim
 from medgen_models.metrics.sets import frechet_distance, standardise
 from medgen_models.sampler import sample
@@ -41,6 +37,7 @@ from medgen_models.schema import PatientBatch, Schema, scale
 from medgen_models.tasks import states_for
 from simulations import phantom_brain as brain
 from simulations import phantoms
+from simulations.benchmarks.cell_reader import CELLS, Cell, Reader
 from simulations.benchmarks.task_figures import Figure, Privacy
 from simulations.benchmarks.tasks_world import HELD_CELLS, HOSPITALS, Place
 from simulations.phantom_attributes import measure_mri
@@ -50,17 +47,12 @@ PRIVACIES: tuple[Privacy, ...] = ("inf", "8")
 USES_THE_WORLD = True
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-Cell = tuple[str, str]
-"""(pathology, sequence)."""
-CELLS: tuple[Cell, ...] = tuple(itertools.product(PATHOLOGIES, SEQUENCES))
 SEEN: tuple[Cell, ...] = tuple(cell for cell in CELLS if cell not in HELD_CELLS)
 SLOT, PLACE = "mri", "mri.a"
 """The instance that is drawn: a patient with one MRI has it here."""
 STEPS = 10
 AIR = -0.85
 """Intensity below which a voxel is air."""
-COMPONENTS, FEATURES = 100, 20
-"""Principal components that the classifier reads, and those that distances are taken in."""
 COUNTERFACTUALS: tuple[tuple[str, str, str], ...] = (
     ("dementia", "T1w", "ventricle_ml"),
     ("glioma", "T2w", "lesion_load"),
@@ -68,66 +60,6 @@ COUNTERFACTUALS: tuple[tuple[str, str, str], ...] = (
 )
 """(pathology put in the place of health, sequence, what it is known to raise)."""
 _REFERENCE, _AT_ONCE, _LARGE = 4_000_000, 20, 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Told:
-    """Right answers of the classifier over some images: shares, and what a constant answer would reach on them."""
-
-    pathology: float
-    sequence: float
-    constant_pathology: float
-    constant_sequence: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reader:
-    """The classifier of both factors, fitted on real images.
-
-    Attributes:
-        sequence: names the sequence.
-        pathology: one for each sequence.
-        views: principal components that each of them reads, the sequence's own first.
-    """
-
-    sequence: Predictor
-    pathology: tuple[Predictor, ...]
-    views: tuple[PCA, ...]
-
-    @staticmethod
-    def fit(real: Mapping[Cell, F32], seed: int) -> Reader:
-        """Fit on real images by cell; all cells must be there."""
-        groups = [CELLS, *([(p, s) for p in PATHOLOGIES] for s in SEQUENCES)]
-        views, predictors = [], []
-        for axis, cells in zip((1, *[0] * len(SEQUENCES)), groups, strict=True):
-            images = {cell: real[cell] for cell in cells}
-            seen_NF, levels = blocks(_stacked(images)), (PATHOLOGIES, SEQUENCES)[axis]
-            parts = min(COMPONENTS, len(seen_NF) // 3)
-            views.append(PCA(parts, svd_solver="randomized", random_state=seed).fit(seen_NF))
-            truth_N = _labels(images, axis).astype(np.float64)
-            predictors.append(fit_predictor(views[-1].transform(seen_NF), truth_N, len(levels), seed, "linear"))
-        return Reader(predictors[0], tuple(predictors[1:]), tuple(views))
-
-    def read(self, images_NX: F32) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(pathology, sequence) of each image as indices."""
-        seen_NF = blocks(images_NX)
-        sequence_N = self.sequence.predict(self.views[0].transform(seen_NF)).argmax(axis=1)
-        each_SN = [
-            one.predict(view.transform(seen_NF)).argmax(axis=1)
-            for one, view in zip(self.pathology, self.views[1:], strict=True)
-        ]
-        return np.stack(each_SN)[sequence_N, np.arange(len(images_NX))], sequence_N
-
-    def components(self, images_NX: F32) -> F64:
-        """The first principal components of all real images, for distances."""
-        return np.asarray(self.views[0].transform(blocks(images_NX))[:, :FEATURES], np.float64)
-
-    def told(self, images: Mapping[Cell, F32]) -> Told:
-        """How often both factors of images are recognised."""
-        found = self.read(_stacked(images))
-        truth = [_labels(images, axis) for axis in range(2)]
-        right = (float((one == true).mean()) for one, true in zip(found, truth, strict=True))
-        return Told(*right, *(marginal_rule(true) for true in truth))
 
 
 def figures(place: Place) -> list[Figure]:
@@ -154,15 +86,6 @@ def figures(place: Place) -> list[Figure]:
 def images_per_cell(synthetic: int) -> int:
     """Images of one cell: 60 where a cohort has 400 patients, never fewer than 6."""
     return max(6, synthetic * 3 // 20)
-
-
-def marginal_rule(truth_N: NDArray[np.integer]) -> float:
-    """Share of the commonest label: the most that an answer reaches which does not look.
-
-    >>> marginal_rule(np.array([3, 3, 2, 3]))
-    0.75
-    """
-    return float(np.bincount(truth_N).max() / len(truth_N))
 
 
 def real_cells(profiles: Sequence[Profile], per_cell: int, seed: int) -> dict[Cell, F32]:
@@ -269,11 +192,6 @@ def through_codec(model: StudyModel, images_NX: F32) -> F32:
     codec = model.bank.codecs[SLOT]
     z_NTW = codec.encode(torch.from_numpy(np.ascontiguousarray(images_NX)))
     return np.asarray(codec.decode(z_NTW).clamp(-1.0, 1.0).numpy(), np.float32)
-
-
-def blocks(images_NX: F32) -> F64:
-    """Means over blocks of two voxels a side, flat."""
-    return halve(np.asarray(images_NX, np.float64)).reshape(len(images_NX), -1)
 
 
 def texture(images_NX: F32) -> F64:
@@ -408,16 +326,6 @@ def _in_units_of(reference: Mapping[Cell, F64], *parts: Mapping[Cell, F64]) -> l
     """Features of every part in units of the spread over all cells of the reference."""
     pooled = np.concatenate([reference[cell] for cell in CELLS])
     return [{cell: standardise(pooled, part[cell])[1] for cell in CELLS} for part in parts]
-
-
-def _stacked(images: Mapping[Cell, F32]) -> F32:
-    return np.concatenate([images[cell] for cell in images])
-
-
-def _labels(images: Mapping[Cell, F32], axis: int) -> NDArray[np.int64]:
-    """Index of the pathology (axis 0) or sequence (axis 1) of every image, in the order of :func:`_stacked`."""
-    levels = (PATHOLOGIES, SEQUENCES)[axis]
-    return np.concatenate([np.full(len(rows), levels.index(cell[axis]), np.int64) for cell, rows in images.items()])
 
 
 def _attribute(images_NX: F32, sequence: str, attribute: str) -> F64:

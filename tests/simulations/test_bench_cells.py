@@ -11,14 +11,14 @@ from medgen_models.pretrain import PretrainConfig, pretrain
 from medgen_models.sampler import sample
 from medgen_models.tasks import states_for
 from simulations import phantoms
-from simulations.benchmarks import task_cells
-from simulations.benchmarks.task_cells import CELLS, Reader
+from simulations.benchmarks import cell_reader, task_cells
+from simulations.benchmarks.cell_reader import CELLS, Reader
 from simulations.benchmarks.tasks_world import HELD_CELLS, HOSPITALS, Place, Sizes
 from simulations.phantom_population import PATHOLOGIES, SEQUENCES, Profile
 
 
 @pytest.fixture(scope="module")
-def real() -> dict[task_cells.Cell, task_cells.F32]:
+def real() -> dict[cell_reader.Cell, cell_reader.F32]:
     return task_cells.real_cells((Profile(),), 16, seed=5)
 
 
@@ -30,7 +30,7 @@ def _model(sizes: Sizes) -> StudyModel:
     return assemble(pretrain(schema, batch, config, 0), {}, "all", 4)
 
 
-def test_every_cell_has_its_images(real: dict[task_cells.Cell, task_cells.F32]) -> None:
+def test_every_cell_has_its_images(real: dict[cell_reader.Cell, cell_reader.F32]) -> None:
     assert set(real) == {(p, s) for p in PATHOLOGIES for s in SEQUENCES}
     assert all(images.shape == (16, 32, 32, 32) for images in real.values())
     assert all(-1.0 <= images.min() < images.max() <= 1.0 for images in real.values())
@@ -47,7 +47,7 @@ def test_hospitals_take_turns() -> None:
     assert len(task_cells.real_cells(HOSPITALS, 4, seed=2)["glioma", "PD"]) == 4
 
 
-def test_a_reader_of_real_images_reads_others(real: dict[task_cells.Cell, task_cells.F32]) -> None:
+def test_a_reader_of_real_images_reads_others(real: dict[cell_reader.Cell, cell_reader.F32]) -> None:
     reader = Reader.fit(real, seed=0)
     told = reader.told(task_cells.real_cells((Profile(),), 4, seed=6))
     assert told.sequence > 0.8
@@ -60,9 +60,9 @@ def test_labels_follow_the_order_of_the_images() -> None:
         ("glioma", "PD"): np.zeros((2, 8, 8, 8), np.float32),
         ("healthy", "T1w"): np.ones((1, 8, 8, 8), np.float32),
     }
-    assert task_cells._labels(images, 0).tolist() == [1, 1, 0]
-    assert task_cells._labels(images, 1).tolist() == [4, 4, 0]
-    assert task_cells._stacked(images)[:, 0, 0, 0].tolist() == [0.0, 0.0, 1.0]
+    assert cell_reader.labels(images, 0).tolist() == [1, 1, 0]
+    assert cell_reader.labels(images, 1).tolist() == [4, 4, 0]
+    assert cell_reader.stacked(images)[:, 0, 0, 0].tolist() == [0.0, 0.0, 1.0]
 
 
 def test_without_air_only_air_changes() -> None:
