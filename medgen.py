@@ -7,7 +7,7 @@ import os
 import typer
 
 from client.cli import site
-from server.cli import audit, release, sample
+from server.cli import audit, release, sample, server_app, study_app
 from simulations.cli import bench, pretrain, simulate
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app.command()(bench)
 app.command()(pretrain)
 app.command()(sample)
 app.add_typer(site)
+app.add_typer(server_app)
+app.add_typer(study_app)
 app.add_typer(release)
 app.add_typer(audit)
 

@@ -7,11 +7,16 @@ from typing import Annotated
 
 import typer
 
-site = typer.Typer(name="site", help="At a hospital: check its data, read its privacy ledger.", no_args_is_help=True)
+from client import join_cli
+
+site = typer.Typer(
+    name="site", help="At a hospital: join a consortium, check the data, read the privacy ledger.", no_args_is_help=True
+)
 ledger = typer.Typer(
     name="ledger", help="The site's spend file: what was promised and what was spent.", no_args_is_help=True
 )
 site.add_typer(ledger)
+join_cli.add(site)
 
 Folder = Annotated[
     Path, typer.Argument(help="The site folder, the one that holds site.toml.", exists=True, file_okay=False)

@@ -1,4 +1,4 @@
-"""``medgen release …``, ``medgen audit …`` and ``medgen sample``: what is done with a finished study, offline."""
+"""``medgen server …`` and ``study …`` of a consortium; ``release …``, ``audit …`` and ``sample`` of a finished study."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from server import join_cli
+
+server_app = typer.Typer(
+    name="server", help="At the coordinator: make it, enrol sites, run Flower's SuperLink.", no_args_is_help=True
+)
+study_app = typer.Typer(name="study", help="Plan, sign and run a study between enrolled sites.", no_args_is_help=True)
+join_cli.add(server_app)
 
 release = typer.Typer(name="release", help="Check a released bundle.", no_args_is_help=True)
 audit = typer.Typer(name="audit", help="Read what the attacks found.", no_args_is_help=True)
