@@ -241,37 +241,62 @@ def open_reveals(
     return seeds
 
 
-def aggregate(
-    masked: Mapping[str, Vector], cohort: Cohort, survivors: Iterable[str], seeds: Mapping[str, bytes], step: float
-) -> NDArray[np.float64]:
-    """*Unmasking* at the coordinator: the sum of the survivors' numbers, all masks removed.
+class MaskedSum:
+    """*MaskedInputCollection* and *Unmasking* at the coordinator: one group's sum, a vector added as it arrives and dropped.
 
-    sum_u x_u = sum_u y_u - sum_u PRG(b_u) -/+ sum_{u, dropped v} PRG(s_{u,v}) over survivors u, modulo 2^32.
-
-    Args:
-        masked: survivor -> masked vector; all of one length.
-        cohort: the group's cohort.
-        survivors: as in the unmask request; others in ``masked`` are left out.
-        seeds: from :func:`open_reveals`.
-        step: grid step of :func:`quantise`.
-
-    Raises:
-        Refused: ``COHORT_TOO_SMALL``; ``SURVIVORS_CONFLICT`` if a seed is missing.
+    Holds four bytes a number however many sites there are. Addition modulo 2^32 commutes exactly, so the order of arrival
+    changes nothing. The survivors of the group are the sites that were added, and no others.
     """
-    alive = cohort.survivors(survivors)
-    dropped = sorted(set(cohort.members) - set(alive))
-    if len({masked[site].size for site in alive}) != 1:
-        raise ValueError(f"group {cohort.group}: the survivors' vectors differ in length; discard the round")
-    total = np.zeros(masked[alive[0]].size, dtype=np.uint32)
-    for site in alive:
-        total += masked[site].ravel()
-        try:
-            total -= expand(seeds[f"{cohort.group} self of {site}"], total.size)
-            for other in dropped:
-                _add_pair(total, seeds[f"{cohort.group} pair {other} of {site}"], other, site)
-        except KeyError as error:
-            raise Refused("SURVIVORS_CONFLICT", f"group {cohort.group}: a seed of {site} is missing") from error
-    return dequantise(total, step)
+
+    def __init__(self, cohort: Cohort, length: int) -> None:
+        self.cohort = cohort
+        self._total = np.zeros(length, dtype=np.uint32)
+        self._sites: set[str] = set()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Whose vectors are in the sum, sorted."""
+        return tuple(sorted(self._sites))
+
+    def add(self, site: str, vector: Vector) -> None:
+        """Add y_u of one site.
+
+        Raises:
+            ValueError: the site is not in the cohort or was added before, or the vector has another length or type.
+        """
+        if site not in self.cohort.members or site in self._sites:
+            raise ValueError(f"group {self.cohort.group}: {site} is not of the cohort, or was added before; drop it")
+        if vector.dtype != np.uint32 or vector.shape != self._total.shape:
+            raise ValueError(
+                f"group {self.cohort.group}: expected {self._total.size} uint32 numbers, got {vector.shape} of "
+                f"{vector.dtype}; drop the answer"
+            )
+        self._total += vector
+        self._sites.add(site)
+
+    def open(self, seeds: Mapping[str, bytes], step: float) -> NDArray[np.float64]:
+        """The sum of the survivors' numbers, all masks removed.
+
+        sum_u x_u = sum_u y_u - sum_u PRG(b_u) -/+ sum_{u, dropped v} PRG(s_{u,v}) over survivors u, modulo 2^32.
+
+        Args:
+            seeds: from :func:`open_reveals`.
+            step: grid step of :func:`quantise`.
+
+        Raises:
+            Refused: ``COHORT_TOO_SMALL``; ``SURVIVORS_CONFLICT`` if a seed is missing.
+        """
+        group, alive = self.cohort.group, self.cohort.survivors(self._sites)
+        dropped = sorted(set(self.cohort.members) - self._sites)
+        total = self._total.copy()
+        for site in alive:
+            try:
+                total -= expand(seeds[f"{group} self of {site}"], total.size)
+                for other in dropped:
+                    _add_pair(total, seeds[f"{group} pair {other} of {site}"], other, site)
+            except KeyError as error:
+                raise Refused("SURVIVORS_CONFLICT", f"group {group}: a seed of {site} is missing") from error
+        return dequantise(total, step)
 
 
 def _largest_multiple(sites: int) -> int:

@@ -4,6 +4,8 @@ Each parameter group (or statistic) is added over the sites that own it, with pu
 the caller's affair. A group that enough sites own is masked; one whose few owners all agreed to it arrives under its
 local noise alone; any other is frozen and is not asked for. A round whose sums cannot be opened is asked again as a new
 attempt, which costs each site a spare, until nobody who answered is left.
+
+Memory does not grow with the sites: each masked answer is added to its groups' sums as it arrives and is dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from privacy.boundary.plan import StudyPlan
 from privacy.boundary.refusals import Refused
 from privacy.boundary.signing import sign_task, sign_unmask
 from privacy.identity import IdentityKey
-from privacy.masking import Cohort, Reveal, aggregate, open_reveals
+from privacy.masking import Cohort, MaskedSum, Reveal, open_reveals
 from server.checkpoints import Checkpoints, write_atomically
 from server.events import EventLog
 from server.exchange import Exchange
@@ -83,6 +85,47 @@ class Ask:
     max_attempts: int
 
 
+class Arrivals:
+    """What has arrived of one attempt: sums of what is masked, and the few vectors that are not.
+
+    Attributes:
+        masked: sum of each group that travels under masks, in the order of the plan; four bytes a number.
+        plain: group -> site -> vector under local noise alone. Only a group of one or two owners travels so; its vectors are
+            kept, because floats must be added in the order of sites and not in that of arrival.
+        heads: site -> head of its ledger, of sites whose answers are in.
+        codes: site -> why it is not.
+    """
+
+    def __init__(self, cohorts: Sequence[Cohort], groups: Mapping[str, int]) -> None:
+        self.masked = [MaskedSum(cohort, groups[cohort.group]) for cohort in cohorts]
+        self.plain: dict[str, dict[str, NDArray[np.float32]]] = {}
+        self.heads: dict[str, Head] = {}
+        self.codes: dict[str, str] = {}
+
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """The sites that were added, sorted."""
+        return tuple(sorted(self.heads))
+
+    def add(self, site: str, groups: Arrays, head: Head) -> None:
+        """Add a site's answer, whose groups, lengths and types have been checked."""
+        left = dict(groups)
+        for total in self.masked:
+            if total.cohort.group in left:
+                total.add(site, np.asarray(left.pop(total.cohort.group), np.uint32))
+        for name, vector in left.items():
+            self.plain.setdefault(name, {})[site] = np.asarray(vector, np.float32)
+        self.heads[site] = head
+
+    def plain_sum(self, name: str) -> Vector:
+        """The sum of a group under local noise alone, in the order of sites."""
+        own = self.plain[name]
+        total = np.zeros(next(iter(own.values())).shape, np.float64)
+        for site in sorted(own):
+            total += own[site]
+        return total
+
+
 class Aggregator:
     """Runs masked rounds of one approved plan over one exchange.
 
@@ -120,17 +163,17 @@ class Aggregator:
                 RoundTask(self._plan.hash, ask.stage, ask.round, attempt, invited, ask.parts, ask.arrays, told),
                 self._key,
             )
-            answers, codes = self._collect(task, groups)
-            codes |= self._disbelieved(answers, heads, replay=attempt == first)
+            found = self._collect(task, groups, heads, replay=attempt == first)
+            codes = dict(sorted(found.codes.items()))
             refused |= codes
             self._events.write(
-                "answers", stage=ask.stage, round=ask.round, attempt=attempt, sites=sorted(answers), refused=codes
+                "answers", stage=ask.stage, round=ask.round, attempt=attempt, sites=list(found.survivors), refused=codes
             )
-            sums, left = self._open(task, groups, answers, ask.step)
+            sums, left = self._open(task, found, ask.step)
             if sums:
                 self._pointer(ask).unlink(missing_ok=True)
                 used = tuple(sorted({site for entry in sums.values() for site in entry.sites}))
-                seen = {site: (answer.ledger_seq, answer.ledger_hash) for site, answer in sorted(answers.items())}
+                seen = {site: (head.seq, head.hash) for site, head in sorted(found.heads.items())}
                 return RoundSums(sums, used, refused, attempt + 1, seen)
             # Whoever refused for good is not asked again; whoever answered, or was cut off, may be there next time.
             final = {site for site, code in codes.items() if code != "SITE_UNAVAILABLE"}
@@ -143,41 +186,46 @@ class Aggregator:
             "when the sites are back, resume the study"
         )
 
-    def _collect(self, task: RoundTask, groups: Mapping[str, int]) -> tuple[dict[str, MaskedAnswer], dict[str, str]]:
-        answers: dict[str, MaskedAnswer] = {}
-        codes: dict[str, str] = {}
+    def _collect(
+        self, task: RoundTask, groups: Mapping[str, int], told: Mapping[str, Head], *, replay: bool
+    ) -> Arrivals:
+        """Ask, and add each answer as it arrives; the first answer of a site counts, and only if it is what was asked for.
+
+        An answer whose ledger was put back or runs twice is left out. Only the first attempt after a start can be answered
+        from a store (``replay``); its answers may be older than other heads.
+        """
+        found = Arrivals(self._cohorts(task, groups), groups)
         digest = task.digest()
-        for site, reply in self._exchange.ask(dict.fromkeys(task.invited, task)).items():
-            wanted = {
+        wanted = {
+            site: {
                 name: groups[name]
                 for name in self._plan.asked(task.stage, task.invited)
-                if self._sends(site, name, groups)
+                if name in groups and site in self._plan.owners(name)
             }
-            if isinstance(reply, MaskedAnswer) and reply.task_digest == digest and self._fits(reply, wanted):
-                answers[site] = reply
-            else:
-                codes[site] = _code(reply)
-        return answers, codes
+            for site in task.invited
+        }
 
-    def _disbelieved(
-        self, answers: dict[str, MaskedAnswer], told: Mapping[str, Head], *, replay: bool
-    ) -> dict[str, str]:
-        """Take out of ``answers`` those whose ledger was put back or runs twice; site -> code of these.
-
-        Only the first attempt after a start can be answered from a store; its answers may be older than other heads.
-        """
-        codes: dict[str, str] = {}
-        for site, answer in sorted(answers.items()):
-            head = Head(answer.ledger_seq, answer.ledger_hash)
+        def arrived(site: str, reply: Reply) -> None:
+            if site not in wanted or site in found.heads or site in found.codes:
+                return
+            if not (
+                isinstance(reply, MaskedAnswer) and reply.task_digest == digest and self._fits(reply, wanted[site])
+            ):
+                found.codes[site] = _code(reply)
+                return
+            head = Head(reply.ledger_seq, reply.ledger_hash)
             if why := self.known_heads.objection(site, head, told.get(site), replay=replay):
                 self._events.write("sits-out", site=site, code="LEDGER_UNUSABLE", why=why)
-                codes[site] = "LEDGER_UNUSABLE"
-                del answers[site]
-        self.known_heads.learn({site: Head(a.ledger_seq, a.ledger_hash) for site, a in answers.items()})
-        return codes
+                found.codes[site] = "LEDGER_UNUSABLE"
+                return
+            found.add(site, reply.groups, head)
 
-    def _sends(self, site: str, name: str, groups: Mapping[str, int]) -> bool:
-        return name in groups and site in self._plan.owners(name)
+        self._exchange.ask(dict.fromkeys(task.invited, task), on_reply=arrived)
+        for site in task.invited:
+            if site not in found.heads:
+                found.codes.setdefault(site, "SITE_UNAVAILABLE")
+        self.known_heads.learn(dict(sorted(found.heads.items())))
+        return found
 
     def _fits(self, answer: MaskedAnswer, wanted: Mapping[str, int]) -> bool:
         """Whether an answer holds exactly the groups, lengths and kinds of numbers that were asked for."""
@@ -187,21 +235,15 @@ class Aggregator:
             for name, array in answer.groups.items()
         )
 
-    def _open(
-        self, task: RoundTask, groups: Mapping[str, int], answers: Mapping[str, MaskedAnswer], step: float
-    ) -> tuple[dict[str, GroupSum], tuple[str, ...]]:
+    def _open(self, task: RoundTask, found: Arrivals, step: float) -> tuple[dict[str, GroupSum], tuple[str, ...]]:
         """The sums that can be opened, and the sites that are worth asking again if none can."""
-        survivors = tuple(sorted(answers))
-        sums = {
-            name: self._sum_plain(name, answers)
-            for name in groups
-            if self._plan.exchange(name) == "plain" and any(name in answer.groups for answer in answers.values())
-        }
-        cohorts = self._cohorts(task, groups)
-        alive = [c for c in cohorts if len(set(c.members) & set(survivors)) >= c.smallest]
+        survivors = found.survivors
+        sums = {name: self._weighed(found.plain_sum(name), tuple(sorted(own))) for name, own in found.plain.items()}
+        cohorts = [total.cohort for total in found.masked]
+        alive = [total for total in found.masked if len(total.sites) >= total.cohort.smallest]
         if not alive:
             return sums, task.invited
-        partners = sorted({site for cohort in alive for site in cohort.members} & set(survivors))
+        partners = sorted({site for total in alive for site in total.sites})
         request = sign_unmask(
             UnmaskRequest(task.plan_hash, task.stage, task.round, task.attempt, task.digest(), survivors), self._key
         )
@@ -213,14 +255,8 @@ class Aggregator:
         }
         try:
             seeds = open_reveals(reveals, cohorts, survivors)
-            for cohort in alive:
-                masked = {
-                    site: np.asarray(answers[site].groups[cohort.group], np.uint32)
-                    for site in survivors
-                    if site in cohort.members
-                }
-                total = aggregate(masked, cohort, survivors, seeds, step)
-                sums[cohort.group] = self._weighed(total, tuple(sorted(masked)))
+            for total in alive:
+                sums[total.cohort.group] = self._weighed(total.open(seeds, step), total.sites)
         except Refused as problem:
             codes = {site: _code(reply) for site, reply in replies.items() if site not in reveals}
             self._events.write(
@@ -236,13 +272,6 @@ class Aggregator:
             for name in self._plan.asked(task.stage, task.invited)
             if self._plan.exchange(name) == "masked" and name in groups
         ]
-
-    def _sum_plain(self, name: str, answers: Mapping[str, MaskedAnswer]) -> GroupSum:
-        owners = tuple(site for site in self._plan.owners(name) if site in answers and name in answers[site].groups)
-        total = np.zeros(answers[owners[0]].groups[name].shape, np.float64)
-        for site in owners:
-            total += np.asarray(answers[site].groups[name], np.float64)
-        return self._weighed(total, owners)
 
     def _weighed(self, total: Vector, sites: tuple[str, ...]) -> GroupSum:
         return GroupSum(total, sites, sum(self._plan.weight(site) for site in sites))

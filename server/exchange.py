@@ -7,7 +7,7 @@ else. Replies are returned in site order, so that whatever is summed afterwards 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -60,7 +60,7 @@ class Exchange:
             fresh = [node for node in self._grid.get_node_ids() if node not in asked]
             asked |= set(fresh)
             news = time.monotonic() if fresh else news
-            for node, reply in self._send({node: CapabilitiesRequest(study) for node in fresh}).items():
+            for node, reply in self._send({node: CapabilitiesRequest(study) for node in fresh}):
                 if isinstance(reply, Capabilities) and reply.site in expected and reply.site not in found:
                     found[reply.site] = reply
                     self._nodes[reply.site] = node
@@ -71,42 +71,53 @@ class Exchange:
         self._events.write("roll-call", found=sorted(found), missing=sorted(set(expected) - set(found)))
         return {site: found[site] for site in sorted(found)}
 
-    def ask(self, requests: Mapping[str, Request]) -> dict[str, Reply]:
-        """Put one request to each named site; a site that is gone, late or garbled answers ``SITE_UNAVAILABLE``."""
-        known = {self._nodes[site]: request for site, request in sorted(requests.items()) if site in self._nodes}
-        replies = self._send(known)
-        by_node = {node: site for site, node in self._nodes.items()}
+    def ask(
+        self, requests: Mapping[str, Request], on_reply: Callable[[str, Reply], None] | None = None
+    ) -> dict[str, Reply]:
+        """Put one request to each named site; a site that is gone, late or garbled answers ``SITE_UNAVAILABLE``.
+
+        With ``on_reply``, each reply goes to it as it arrives and is not kept, and what is returned holds only the sites
+        that have not replied: memory does not grow with the sites.
+        """
+        by_node = {self._nodes[site]: site for site in sorted(requests) if site in self._nodes}
         answers: dict[str, Reply] = {site: UNAVAILABLE for site in sorted(requests)}
-        answers |= {by_node[node]: reply for node, reply in replies.items()}
+        for node, reply in self._send({node: requests[site] for node, site in by_node.items()}):
+            if on_reply is None:
+                answers[by_node[node]] = reply
+            elif answers.pop(by_node[node], None) is not None:
+                on_reply(by_node[node], reply)
         return answers
 
-    def _send(self, requests: Mapping[int, Request]) -> dict[int, Reply]:
-        if not requests:
-            return {}
-        bodies = {node: to_bytes(request) for node, request in requests.items()}
+    def _send(self, requests: Mapping[int, Request]) -> Iterator[tuple[int, Reply]]:
+        """Node and reply, as they arrive; what is asked of all is encoded once."""
+        encoded: dict[int, bytes] = {}
+        bodies = {}
+        for node, request in requests.items():
+            bodies[node] = encoded.setdefault(id(request), b"") or to_bytes(request)
+            encoded[id(request)] = bodies[node]
         messages = [
             Message(RecordDict({BODY: ConfigRecord({BODY: body})}), node, "query.ask") for node, body in bodies.items()
         ]
-        replies: dict[int, Reply] = {}
-        for message in self._grid.send_and_receive(messages, timeout=self._deadline_s):
+        silent = dict(bodies)
+        for message in self._grid.send_and_receive(messages, timeout=self._deadline_s) if messages else ():
             node = message.metadata.src_node_id
-            if node in bodies:
-                replies[node] = _read(message)
-        self._note_traffic(bodies, replies)
-        return replies
+            if silent.pop(node, None) is not None:
+                reply = _read(message)
+                self._note_traffic(node, len(bodies[node]), reply)
+                yield node, reply
+        for node, body in silent.items():
+            self._note_traffic(node, len(body), None)
 
-    def _note_traffic(self, bodies: Mapping[int, bytes], replies: Mapping[int, Reply]) -> None:
+    def _note_traffic(self, node: int, sent: int, reply: Reply | None) -> None:
         """Write down what went in and what came out, by site and kind of message."""
         names = {node: site for site, node in self._nodes.items()}
-        for node, body in bodies.items():
-            reply = replies.get(node)
-            self._events.write(
-                "crossed",
-                site=names.get(node, ""),
-                bytes_in=len(body),
-                bytes_out=len(to_bytes(reply)) if reply is not None else 0,
-                reply=type(reply).__name__ if reply is not None else "",
-            )
+        self._events.write(
+            "crossed",
+            site=names.get(node, ""),
+            bytes_in=sent,
+            bytes_out=len(to_bytes(reply)) if reply is not None else 0,
+            reply=type(reply).__name__ if reply is not None else "",
+        )
 
 
 def _read(message: Message) -> Reply:

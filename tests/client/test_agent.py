@@ -31,7 +31,7 @@ from privacy.boundary.messages import (
 )
 from privacy.identity import IdentityKey
 from privacy.ledger import Ledger
-from privacy.masking import Reveal, aggregate, open_reveals
+from privacy.masking import MaskedSum, Reveal, open_reveals
 
 SITE = "alder-university"
 STRANGER = IdentityKey(b"\x66" * 32)
@@ -324,7 +324,10 @@ def test_masked_sums_of_real_agents_equal_the_plain_sum(
     assert [cohort.group for cohort in cohorts] == ["table/ehr"]
     seeds = open_reveals(reveals, cohorts, survivors)
     masked = {site: np.asarray(answers[site].groups["table/ehr"], np.uint32) for site in survivors}
-    total = aggregate(masked, cohorts[0], survivors, seeds, plan.quantisation.statistic)
+    running = MaskedSum(cohorts[0], masked[survivors[0]].size)
+    for site in survivors:
+        running.add(site, masked[site])
+    total = running.open(seeds, plan.quantisation.statistic)
 
     plain = np.zeros_like(total)
     for site in survivors:

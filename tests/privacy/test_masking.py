@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from privacy.boundary.refusals import Refused
 from privacy.identity import MaskingKey
 from privacy.masking import (
     Cohort,
+    MaskedSum,
     Party,
     Reveal,
     Vector,
-    aggregate,
     dequantise,
     expand,
     largest_magnitude,
@@ -132,6 +133,14 @@ def test_the_self_seed_comes_back_after_a_crash() -> None:
 # -- the sum -----------------------------------------------------------------------------------------------------------
 
 
+def add(masked: dict[str, Vector], group: Cohort, sites: Iterable[str]) -> MaskedSum:
+    """The sum of these sites' vectors, added in this order."""
+    total = MaskedSum(group, next(iter(masked.values())).size)
+    for site in sites:
+        total.add(site, masked[site])
+    return total
+
+
 def run(
     vectors: dict[str, Vector],
     groups: list[Cohort],
@@ -147,7 +156,8 @@ def run(
     sums = {}
     for group in groups:
         if len(set(survivors) & set(group.members)) >= group.smallest:
-            sums[group.group] = aggregate(masked[group.group], group, survivors, seeds, 1.0)
+            alive = [name for name in reversed(survivors) if name in group.members]
+            sums[group.group] = add(masked[group.group], group, alive).open(seeds, 1.0)
     return sums
 
 
@@ -169,7 +179,7 @@ def test_groups_with_other_owners_open_apart_and_small_ones_stay_closed() -> Non
     sums = run(vectors, groups, ("a", "b", "c", "e"))
     assert {name: total[0] for name, total in sums.items()} == {"trunk": 0 + 1 + 2 + 4, "slot/mri": 0 + 1 + 2}
     with pytest.raises(Refused) as found:
-        aggregate({}, groups[2], ("a", "b", "c", "e"), {}, 1.0)
+        MaskedSum(groups[2], 4).open({}, 1.0)
     assert code_of(found) == "COHORT_TOO_SMALL"
 
 
@@ -276,7 +286,7 @@ def test_a_replayed_round_does_not_cancel() -> None:
     seeds = open_reveals(
         {name: unmask_seeds(PARTIES[name], [other], survivors) for name in survivors}, [other], survivors
     )
-    total = aggregate(masked, other, survivors, seeds, 1.0)
+    total = add(masked, other, survivors).open(seeds, 1.0)
     assert np.abs(total - 15).min() > 0
     stale = {name: unmask_seeds(PARTIES[name], [first if name == "a" else other], survivors) for name in survivors}
     with pytest.raises(Refused):
@@ -313,17 +323,40 @@ def test_cohorts_of_one_task_each_group_once() -> None:
         cohort(("b", "a", "c"))
 
 
-def test_vectors_of_other_lengths_are_refused() -> None:
-    survivors = NAMES[:3]
-    group = cohort(survivors)
-    masked = {name: mask(np.zeros(4 + (name == "b"), np.uint32), PARTIES[name], group) for name in survivors}
+@pytest.mark.parametrize(
+    ("site", "vector", "rule"),
+    [
+        ("b", np.zeros(5, np.uint32), "expected 4 uint32"),
+        ("b", np.zeros(4, np.float32), "expected 4 uint32"),
+        ("b", np.zeros((2, 2), np.uint32), "expected 4 uint32"),
+        ("a", np.zeros(4, np.uint32), "added before"),
+        ("h", np.zeros(4, np.uint32), "not of the cohort"),
+    ],
+)
+def test_what_does_not_belong_in_a_sum_leaves_it_as_it_was(site: str, vector: np.ndarray, rule: str) -> None:
+    survivors, group = NAMES[:3], cohort(NAMES[:3])
+    masked = {name: mask(np.full(4, 7, np.uint32), PARTIES[name], group) for name in survivors}
+    total = add(masked, group, "a")
+    with pytest.raises(ValueError, match=rule):
+        total.add(site, vector)
+    assert total.sites == ("a",)
+    for name in "cb":
+        total.add(name, masked[name])
     seeds = open_reveals(
         {name: unmask_seeds(PARTIES[name], [group], survivors) for name in survivors}, [group], survivors
     )
-    with pytest.raises(ValueError, match="length"):
-        aggregate(masked, group, survivors, seeds, 1.0)
     with pytest.raises(Refused, match="missing"):
-        aggregate({name: masked["a"] for name in survivors}, group, survivors, {}, 1.0)
+        total.open({}, 1.0)
+    for _ in range(2):  # a failed opening and a first one take nothing away
+        assert np.array_equal(total.open(seeds, 1.0), np.full(4, 21.0))
+
+
+def test_the_order_of_arrival_changes_no_bit() -> None:
+    rng = np.random.default_rng(5)
+    masked = {name: rng.integers(0, 2**32, 1000, np.uint32) for name in NAMES[:5]}
+    orders = [rng.permutation(NAMES[:5]) for _ in range(4)]
+    first, *others = [add(masked, cohort(), order)._total for order in orders]
+    assert all(np.array_equal(first, other) for other in others)
 
 
 def test_masking_is_fast_enough() -> None:

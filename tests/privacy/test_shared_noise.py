@@ -20,7 +20,7 @@ from privacy import accounting, shared_noise
 from privacy.boundary.plan import StudyPlan
 from privacy.boundary.refusals import Refused
 from privacy.identity import MaskingKey
-from privacy.masking import Cohort, Party, Vector, aggregate, mask, open_reveals, unmask_seeds
+from privacy.masking import Cohort, MaskedSum, Party, Vector, mask, open_reveals, unmask_seeds
 from privacy.noise import test_noise
 from privacy.plan import DPPlan
 from privacy.shared_noise import (
@@ -307,7 +307,10 @@ def test_the_masked_sum_after_a_dropout_is_the_plain_sum() -> None:
     masked = _masked(cohort, vectors)
     left = survivors_to_open(SMALL, cohort, set(NAMES) - {"c"})
     seeds = open_reveals({s: unmask_seeds(PARTIES[s], [cohort], left) for s in left}, [cohort], left)
-    opened = aggregate(masked, cohort, left, seeds, SMALL.step)
+    total = MaskedSum(cohort, SMALL.dim)
+    for site in left:
+        total.add(site, masked[site])
+    opened = total.open(seeds, SMALL.step)
     plain = sum(vectors[s].view(np.int32).astype(np.int64) for s in left)
     assert np.array_equal(opened, plain * SMALL.step)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,18 @@ class Sites:
 
     def __init__(self, study: Any, instead: Meddle = lambda site, request: None) -> None:
         self.study, self.instead = study, instead
+        self.order: Callable[..., list[tuple[str, Any]]] = sorted
         self.asked: list[tuple[str, Any]] = []
 
-    def ask(self, requests: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, requests: Mapping[str, Any], on_reply: Callable[[str, Any], None] | None = None) -> dict[str, Any]:
         replies = {}
-        for site, request in sorted(requests.items()):
+        for site, request in self.order(requests.items()):
             self.asked.append((site, request))
-            replies[site] = self.instead(site, request) or self.study.send(site, request)
+            reply = self.instead(site, request) or self.study.send(site, request)
+            if on_reply is None:
+                replies[site] = reply
+            else:
+                on_reply(site, reply)
         return replies
 
     def tasks(self) -> list[RoundTask]:
@@ -121,6 +127,35 @@ def test_opened_sums_equal_the_plain_sums_of_the_same_numbers(
         np.testing.assert_array_equal(total.values, sum(own[site][group] for site in total.sites))
     assert set(sums.heads) == set(study_sites)
     assert not list(study.folder.checkpoints.glob("open-*"))
+
+
+def test_an_answer_is_added_as_it_arrives_and_dropped_and_only_the_first_counts(
+    study: Any, study_sites: tuple[str, ...], study_copy: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The sums are the same bits in any order of arrival; while the next site is waited for, no answer is held."""
+
+    class Streaming(Sites):
+        def ask(self, requests: Mapping[str, Any], on_reply: Callable[[str, Any], None] | None = None) -> Any:
+            if on_reply is None:
+                return super().ask(requests)
+            for site, request in sorted(requests.items(), reverse=True):
+                self.asked.append((site, request))
+                answer = self.study.send(site, request)
+                on_reply(site, answer)
+                on_reply(site, answer)  # duplicated on the way
+                held = [weakref.ref(answer), *(weakref.ref(array) for array in answer.groups.values())]
+                del answer
+                assert [ref() for ref in held] == [None] * len(held)
+            on_reply("mallory", GONE)
+            return {}
+
+    other = study_copy(study, tmp_path / "other")
+    sums = aggregator(study, Streaming(study)).run(core(study), study_sites)
+    usual = aggregator(other, Sites(other)).run(core(other), study_sites)
+    assert (sums.answered, sums.refused) == (study_sites, {})
+    assert set(sums.groups) == set(usual.groups) == {"trunk", "slot/ehr", "slot/mri", "slot/vitals"}
+    for group, total in usual.groups.items():
+        np.testing.assert_array_equal(sums.groups[group].values, total.values)
 
 
 def test_what_a_site_sends_alone_is_not_its_numbers(study: Any, study_sites: tuple[str, ...]) -> None:
@@ -295,6 +330,7 @@ def test_two_owners_who_both_agreed_travel_under_local_noise(
     study.deliver()
     assert study.plan.exchange("slot/pet") == "plain"
     sites = Sites(study)
+    sites.order = lambda requests: sorted(requests, reverse=True)  # floats are added in the order of sites all the same
     sums = aggregator(study, sites).run(core(study), study_sites)
     assert sums.groups["slot/pet"].sites == owners
     assert sums.groups["trunk"].sites == study_sites

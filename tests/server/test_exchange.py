@@ -155,6 +155,24 @@ def test_a_reply_of_a_node_that_was_not_asked_is_dropped(events: EventLog) -> No
     assert list(exchange.discover("study", ["east", "west"])) == ["east"]
 
 
+def test_replies_go_to_whoever_waits_for_them_and_the_silent_are_returned(events: EventLog) -> None:
+    good = site("mid")
+    first = to_bytes(CapabilitiesRequest("study"))
+    grid = Grid({1: site("east"), 2: lambda body: good(body) if body == first else None, 3: site("west")})
+    exchange = Exchange(grid, 0.5, events)  # type: ignore[arg-type]
+    exchange.discover("study", ["east", "mid", "west"])
+    seen: list[tuple[str, Any]] = []
+    silent = exchange.ask(dict.fromkeys(["west", "east", "mid", "gone"], PartQuery(())), lambda *r: seen.append(r))
+    assert sorted(seen) == [("east", PartsMissing(())), ("west", PartsMissing(()))]
+    assert silent == {"gone": UNAVAILABLE, "mid": UNAVAILABLE}
+    crossed = [event for event in events.read() if event["kind"] == "crossed"][3:]
+    assert sorted((event["site"], event["reply"]) for event in crossed) == [
+        ("east", "PartsMissing"),
+        ("mid", ""),
+        ("west", "PartsMissing"),
+    ]
+
+
 def test_traffic_is_written_down_by_site_kind_and_size(events: EventLog) -> None:
     exchange = Exchange(Grid({1: site("east")}), 0.5, events)  # type: ignore[arg-type]
     exchange.discover("study", ["east"])

@@ -66,9 +66,12 @@ class Sites:
         self.study, self.change = study, change
         self.tasks: list[RoundTask] = []
 
-    def ask(self, requests: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, requests: Mapping[str, Any], on_reply: Callable[[str, Any], None] | None = None) -> dict[str, Any]:
         self.tasks += [request for request in requests.values() if isinstance(request, RoundTask)][:1]
-        return {site: self.change(site, r, self.study.send(site, r)) for site, r in sorted(requests.items())}
+        replies = {site: self.change(site, r, self.study.send(site, r)) for site, r in sorted(requests.items())}
+        for site, reply in replies.items() if on_reply is not None else ():
+            on_reply(site, reply)
+        return replies
 
 
 def marginals(study: Any, **fields: Any) -> Ask:
