@@ -128,6 +128,28 @@ def fingerprint(public: bytes) -> str:
     return " ".join(digest[i : i + 4] for i in range(0, len(digest), 4))
 
 
+def confirm_fingerprint(typed: str, public: bytes, whose: str) -> None:
+    """Hold a fingerprint that somebody read aloud, and somebody else typed, against a public key.
+
+    Raises:
+        ValueError: it is not 64 hexadecimal digits, or not those of ``public``; the groups that differ are numbered, and the
+            expected digits are not shown, because then they would be typed instead of read.
+    """
+    digits = "".join(typed.split()).lower()
+    expected = fingerprint(public).replace(" ", "")
+    if len(digits) != len(expected) or set(digits) - set("0123456789abcdef"):
+        raise ValueError(
+            f"fingerprint of {whose}: expected {len(expected)} hexadecimal digits in groups of four, got {len(digits)} "
+            "characters; have it read to you again"
+        )
+    pairs = zip(range(0, len(digits), 4), range(4, len(digits) + 4, 4), strict=True)
+    if wrong := [str(start // 4 + 1) for start, end in pairs if digits[start:end] != expected[start:end]]:
+        raise ValueError(
+            f"fingerprint of {whose}: group {', '.join(wrong)} of 16 is not that of the key in the file; have it read again, "
+            "and if it differs again the file was changed on its way: do not use it"
+        )
+
+
 def seal_envelope(key: IdentityKey, payload_type: str, payload: bytes) -> bytes:
     """A DSSE envelope: one JSON object with payload, type, signature and the public key that signed."""
     envelope = {
