@@ -7,49 +7,19 @@ Flower is kept quiet in both: no telemetry, no update check, no run-time install
 from __future__ import annotations
 
 import os
-import shutil
-import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from importlib.util import find_spec
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from server import processes
+from server.flower import Flower, FlowerError, write_bundle
+
 Backend = Literal["inprocess", "ray"]
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 START_S = 60.0
-
-PYPROJECT = """\
-[project]
-name = "medgen"
-version = "0.1.0"
-description = "Thin Flower bundle of medgen: the installed packages do the work on both sides."
-license = "Apache-2.0"
-
-[tool.flwr.app]
-publisher = "medgen"
-fab-include = ["client/app.py", "server/app.py"]
-
-[tool.flwr.app.components]
-serverapp = "server.app:app"
-clientapp = "client.app:app"
-
-[tool.flwr.app.config]
-run-dir = ""
-sites-dir = ""
-"""
 
 
 class BackendError(RuntimeError):
@@ -66,7 +36,7 @@ def run(backend: Backend, run_dir: Path, sites_dir: Path, sites: int, finished: 
     Raises:
         BackendError: the backend stopped before the study had ended.
     """
-    os.environ.update(QUIET)
+    os.environ.update(processes.QUIET)
     config = {"run-dir": str(run_dir.resolve()), "sites-dir": str(sites_dir.resolve())}
     match backend:
         case "inprocess":
@@ -89,28 +59,18 @@ def _inprocess(config: Mapping[str, str], sites: int) -> None:
 def _ray(config: Mapping[str, str], sites: int, finished: Callable[[], bool]) -> None:
     with tempfile.TemporaryDirectory(prefix="medgen-flower-") as folder:
         home = Path(folder)
-        bundle = _bundle(home / "app")
-        tools = str(Path(sys.executable).parent)  # Flower starts its own helpers by bare name
-        path = os.pathsep.join((tools, os.environ.get("PATH", "")))
-        environment = {**os.environ, **QUIET, "FLWR_HOME": str(home / "flwr"), "TERM": "dumb", "PATH": path}
-        with _superlink(home, environment) as link:
-            flags = " ".join(f'{key}="{value}"' for key, value in config.items())
-            federation = f"num-supernodes={sites} client-resources-num-cpus=1"
-            started = subprocess.run(
-                [_tool("flwr"), "run", str(bundle), "medgen", "--run-config", flags, "--federation-config", federation],
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if started.returncode != 0:
-                raise BackendError(f"`flwr run` was refused: {started.stderr.strip() or started.stdout.strip()}")
-            _wait(link, home, environment, finished)
+        flower = Flower(home / "flwr", processes.free_port())
+        flower.write()
+        bundle = write_bundle(home / "app")
+        with _superlink(home, flower) as link:
+            try:
+                started = flower.run(bundle, config, f"num-supernodes={sites} client-resources-num-cpus=1")
+            except FlowerError as error:
+                raise BackendError(str(error)) from error
+            _wait(link, home, lambda: flower.alive(started), finished)
 
 
-def _wait(
-    link: subprocess.Popen[bytes], home: Path, environment: Mapping[str, str], finished: Callable[[], bool]
-) -> None:
+def _wait(link: subprocess.Popen[bytes], home: Path, alive: Callable[[], bool], finished: Callable[[], bool]) -> None:
     """Watch the run folder; ask Flower from time to time whether its run still lives."""
     last_look = time.monotonic()
     while not finished():
@@ -118,126 +78,45 @@ def _wait(
             raise BackendError(f"the SuperLink ended with code {link.returncode}; see {home}; run again with --resume")
         if time.monotonic() - last_look > 10:
             last_look = time.monotonic()
-            listing = subprocess.run(
-                [_tool("flwr"), "list", "medgen", "--format", "json"],
-                env=dict(environment),
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if "finished" in listing.stdout and "running" not in listing.stdout:
+            if not alive():
                 time.sleep(2)
                 if not finished():
                     raise BackendError("the Flower run ended before the study had; run again with --resume")
         time.sleep(0.5)
 
 
-def _bundle(folder: Path) -> Path:
-    """A Flower app folder of two files; the installed packages are imported by them, so no second copy of medgen runs."""
-    folder.mkdir(parents=True)
-    (folder / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
-    for name in ("client", "server"):
-        spec = find_spec(f"{name}.app")
-        if spec is None or spec.origin is None:
-            raise BackendError(f"package {name} is not installed; install medgen first")
-        (folder / name).mkdir()
-        shutil.copyfile(spec.origin, folder / name / "app.py")
-    return folder
-
-
 @contextmanager
-def _superlink(home: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def _superlink(home: Path, flower: Flower) -> Iterator[subprocess.Popen[bytes]]:
     """A SuperLink of our own on loopback, with a private home; always stopped by pid, with all it started."""
-    fleet, control = _free_port(), _free_port()
-    (home / "flwr").mkdir(parents=True)
-    (home / "flwr" / "config.toml").write_text(
-        f'[superlink]\ndefault = "medgen"\n\n[superlink.medgen]\naddress = "127.0.0.1:{fleet}"\ninsecure = true\n',
-        encoding="utf-8",
-    )
+    host, _, port = flower.address.partition(":")
     with (home / "superlink.log").open("wb") as log:
         link = subprocess.Popen(
             [
-                _tool("flower-superlink"),
+                processes.tool("flower-superlink"),
                 "--insecure",
                 "--simulation",
                 "--isolation",
                 "subprocess",
                 "--host",
-                "127.0.0.1",
+                host,
                 "--port",
-                str(fleet),
-                "--control-api-address",
-                f"127.0.0.1:{control}",
+                port,
                 "--database",
-                str(home / "flwr" / "state.db"),
+                str(flower.home / "state.db"),
             ],
-            env=dict(environment),
+            env=processes.environment(flower.home),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
             end = time.monotonic() + START_S
-            while not _listening(fleet):
+            while not processes.listening(int(port)):
                 if link.poll() is not None or time.monotonic() > end:
                     tail = (home / "superlink.log").read_text(errors="replace")[-800:]
                     raise BackendError(f"the SuperLink did not start: {tail}")
                 time.sleep(0.2)
             yield link
         finally:
-            _stop(link)
-            _sweep(str(home / "flwr"))
-
-
-def _stop(link: subprocess.Popen[bytes]) -> None:
-    """Ask the SuperLink's process group to end, wait, then insist."""
-    for sign, patience_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(link.pid, sign)
-        except ProcessLookupError:
-            break
-        try:
-            link.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            continue
-        if sign is signal.SIGTERM:
-            time.sleep(0.5)
-
-
-def _sweep(home: str, patience_s: float = 10.0) -> None:
-    """End what outlives the SuperLink in sessions of its own (Ray's helpers): processes with our private FLWR_HOME."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        end = time.monotonic() + patience_s
-        for pid in _carrying(home):
-            with suppress(ProcessLookupError):
-                os.kill(pid, sign)
-        while _carrying(home) and time.monotonic() < end:
-            time.sleep(0.1)
-
-
-def _carrying(home: str) -> list[int]:
-    """Processes of ours whose environment names this Flower home; none where there is no /proc to ask."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            entries = (folder / "environ").read_bytes().split(b"\0")
-            if f"FLWR_HOME={home}".encode() in entries and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
-    return found
-
-
-def _tool(name: str) -> str:
-    """A command of the environment that runs us, so that no other Flower on the PATH is used."""
-    return str(Path(sys.executable).with_name(name))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _listening(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+            processes.stop(link)
+            processes.sweep(str(flower.home))
