@@ -1,4 +1,5 @@
-"""The trusted site agent: the only code that opens data, keys and ledger. Bytes in, bytes out, no state but the folder.
+"""The trusted site agent: the only code that opens data, keys and ledger. Bytes in, bytes out, no state but the folder
+(and what a daemon keeps of it in memory, see :mod:`client.memory`).
 
 Every request is checked against the site's own policy before a record is opened; every answer is on disk before its
 first byte leaves; whatever goes wrong is written to the site's own log and leaves as a code.
@@ -7,6 +8,7 @@ first byte leaves; whatever goes wrong is written to the site's own log and leav
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import os
 import traceback
@@ -18,6 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client import enrolment, policy
+from client.halt import refuse_if_stopped
+from client.hours import quiet
+from client.memory import Memory
 from client.outbox import Outbox
 from client.parts import PartStore
 from client.policy import SiteConfig
@@ -53,15 +58,23 @@ AUDIT = "audit"
 
 
 class SiteAgent:
-    """One hospital's agent over its site folder. A new object for every request answers the same."""
+    """One hospital's agent over its site folder. A new object for every request answers the same.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: the site folder.
+        memory: kept between the requests of one daemon; without it every request reads afresh.
+    """
+
+    def __init__(self, folder: Path, memory: Memory | None = None) -> None:
         self._folder = folder
+        self._memory = memory or Memory()
 
     def handle(self, request: bytes) -> bytes:
         """Answer one request; never raises for anything that a request or a record can cause."""
         try:
+            refuse_if_stopped(self._folder)
             answer = self._answer(cast(Request, parse_as(request, REQUESTS)))
+            refuse_if_stopped(self._folder)  # stopped meanwhile: what is stored stays here
         except Refused as refusal:
             self._note(f"refused {refusal}")
             return to_bytes(Refusal(refusal.code))
@@ -115,8 +128,11 @@ class SiteAgent:
                     f"a stored answer carries the head {last}, this ledger does not hold it",
                     "run `medgen site ledger restore`; do not put ledger and mirror back by hand",
                 )
+            stored = outbox.get(digest)
+            if stored is None and (span := quiet(config.policy.quiet_hours, datetime.datetime.now())) is not None:
+                raise Refused("QUIET_HOURS", f"[policy] quiet_hours {span.text}", "ask again when they are over")
             outbox.begin(task, digest)
-            if (stored := outbox.get(digest)) is not None:
+            if stored is not None:
                 return stored
             return self._compute(task, digest, plan, config, ledger, outbox)
 
@@ -135,13 +151,15 @@ class SiteAgent:
         if task.stage == AUDIT:
             if outbox.opened(task.plan_hash, AUDIT):  # two opened sums over other sites subtract to one site's counts
                 raise Refused("UNCOVERED_CAP", "an audit of this plan was opened", "one audit a plan; plan a new study")
-            values = evidence.audit(config, plan, task, ledger.uncovered(task.plan_hash, AUDIT, plan.audit.cap, digest))
+            counted = ledger.uncovered(task.plan_hash, AUDIT, plan.audit.cap, digest)
+            values = evidence.audit(config, plan, task, counted, self._memory)
             step = 1.0
         else:
             if config.policy.bad_record == "refuse":  # before anything is charged
-                rounds.read_records(config, plan, None, ledger.local("records checked before a round", task.plan_hash))
+                look = ledger.local("records checked before a round", task.plan_hash)
+                rounds.read_records(config, plan, None, look, self._memory)
             token = ledger.intend(task.plan_hash, task.stage, task.round, digest)
-            values, step = rounds.compute(config, plan, task, token)
+            values, step = rounds.compute(config, plan, task, token, self._memory)
         party = self._party(plan, config)
         groups: dict[str, NDArray[np.uint32] | NDArray[np.float32]] = {}
         for name in mine:

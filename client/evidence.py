@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from client.enrolment import load_keys
+from client.memory import Memory
 from client.parts import PartStore
 from client.policy import SiteConfig
 from client.records.load import read_synthetic
@@ -49,7 +50,9 @@ class _Sides:
     held_out: Floats
 
 
-def audit(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: UncoveredToken) -> Vectors:
+def audit(
+    config: SiteConfig, plan: StudyPlan, task: RoundTask, token: UncoveredToken, memory: Memory | None = None
+) -> Vectors:
     """The site's entry of the audit: one vector of counts under the group ``audit``.
 
     Raises:
@@ -58,8 +61,8 @@ def audit(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: Uncovered
     """
     need_charge(token, UncoveredToken, task.plan_hash, task.digest())
     torch.set_num_threads(config.speed.threads or 1)
-    model = model_of(config.folder, plan, task)
-    records = read_records(config, plan, model, token)
+    model = model_of(config.folder, plan, task, memory)
+    records = read_records(config, plan, model, token, memory)
     cohort = read_cohort(config, plan, task, model, token)
     trials = plan.audit.trials or config.site.declared_held_out
     member = sample(config, records.members, "audit", trials)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from client.enrolment import load_keys
+from client.memory import Memory
 from client.policy import SiteConfig, dp_plan
 from client.records.load import Records, load
 from client.sitemodel import model_of
@@ -51,28 +52,32 @@ PROBED = 3  # made-up patients on whom gradients are proved
 MADE_UP_SEED = 20_261  # of made-up patients: public, and apart from the noise
 
 
-def compute(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken) -> tuple[Vectors, float]:
+def compute(
+    config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, memory: Memory | None = None
+) -> tuple[Vectors, float]:
     """The site's numbers for one round, by group, and the grid step that they are to be rounded to.
+
+    ``memory`` may hold records and public model as an earlier round read them; the numbers are the same without.
 
     Raises:
         PermissionError: ``token`` is not the charge of this very task.
     """
     need_charge(token, DpToken, task.plan_hash, task.digest())
     torch.set_num_threads(config.speed.threads or 1)
-    noise = noise_for(config, plan, task)
+    noise, memory = noise_for(config, plan, task), memory or Memory()
     match task.stage:
         case "statistics":
-            return _statistics(config, plan, token, noise), plan.quantisation.statistic
+            return _statistics(config, plan, token, noise, memory), plan.quantisation.statistic
         case "marginals":
-            return _marginals(config, plan, token, noise), plan.quantisation.statistic
+            return _marginals(config, plan, token, noise, memory), plan.quantisation.statistic
         case "recentre":
-            return _recentre(config, plan, task, token, noise), plan.quantisation.statistic
+            return _recentre(config, plan, task, token, noise, memory), plan.quantisation.statistic
         case "prototypes":
-            return _prototypes(config, plan, task, token, noise), plan.quantisation.statistic
+            return _prototypes(config, plan, task, token, noise, memory), plan.quantisation.statistic
         case "core":
-            return _train_core(config, plan, task, token, noise), plan.quantisation.update
+            return _train_core(config, plan, task, token, noise, memory), plan.quantisation.update
         case "codec":
-            return _train_codecs(config, plan, task, token, noise), plan.quantisation.update
+            return _train_codecs(config, plan, task, token, noise, memory), plan.quantisation.update
         case _:
             raise Refused("ROUND_NOT_IN_PLAN", f"stage {task.stage!r}")
 
@@ -86,7 +91,9 @@ def noise_for(config: SiteConfig, plan: StudyPlan, task: RoundTask) -> NoiseSour
     return test_noise(plan.study, config.site.name, task.stage, task.round, task.attempt)
 
 
-def read_records(config: SiteConfig, plan: StudyPlan, model: StudyModel | None, token: AccessToken) -> Records:
+def read_records(
+    config: SiteConfig, plan: StudyPlan, model: StudyModel | None, token: AccessToken, memory: Memory | None = None
+) -> Records:
     """This site's members and held-out patients of the study's slots.
 
     Raises:
@@ -104,17 +111,18 @@ def read_records(config: SiteConfig, plan: StudyPlan, model: StudyModel | None, 
         keys.split.secret_bytes(),
         config.site.declared_held_out,
         keys.cache.secret_bytes(),
+        memory,
     )
     if config.policy.bad_record == "refuse" and any(problem.patient for problem in records.problems):
         raise Refused("SITE_UNAVAILABLE", "policy refuses a site with bad records", "run `medgen site check`")
     return records
 
 
-def _statistics(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: NoiseSource) -> Vectors:
+def _statistics(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: NoiseSource, memory: Memory) -> Vectors:
     """The plan's descriptive table as one noised vector, one row per patient."""
     asked = plan.statistics
     assert asked is not None
-    records = read_records(config, plan, None, token)
+    records = read_records(config, plan, None, token, memory)
     schema = Schema.model_validate(plan.study_schema)
     values, flags = values_and_presence(
         schema, records.members, [column.name for column in asked.columns], asked.present
@@ -122,10 +130,10 @@ def _statistics(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: Nois
     return {"statistics": noisy_summary(values, flags, asked.layout, _query(plan, "statistics").sigma, noise)}
 
 
-def _marginals(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: NoiseSource) -> Vectors:
+def _marginals(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: NoiseSource, memory: Memory) -> Vectors:
     """All marginals of the plan as one noised vector, one row per patient."""
     assert plan.table is not None
-    records = read_records(config, plan, None, token)
+    records = read_records(config, plan, None, token, memory)
     schema = Schema.model_validate(plan.study_schema)
     rows = encode_rows(schema, records.members, plan.table.bins)
     stage = _query(plan, "marginals")
@@ -133,11 +141,13 @@ def _marginals(config: SiteConfig, plan: StudyPlan, token: DpToken, noise: Noise
     return {f"table/{plan.table.slot}": np.concatenate([tables[query].ravel() for query in plan.table.marginals])}
 
 
-def _recentre(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:
+def _recentre(
+    config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource, memory: Memory
+) -> Vectors:
     """The noised sum of mean token vectors and of presence, per owned image slot, as one clipped vector a patient."""
     assert plan.recentre is not None
-    model = model_of(config.folder, plan, task)
-    records = read_records(config, plan, model, token)
+    model = model_of(config.folder, plan, task, memory)
+    records = read_records(config, plan, model, token, memory)
     tokens = model.bank.encode(records.members)
     owned = tuple(slot for slot in plan.recentre.slots if f"mean/{slot}" in owned_groups(config, plan, task))
     vectors = model.bank.mean_vectors(tokens, owned).double().numpy()
@@ -146,7 +156,9 @@ def _recentre(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpTok
     return {f"mean/{slot}": piece for slot, piece in zip(owned, np.split(total, ends[:-1]), strict=True)}
 
 
-def _prototypes(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:
+def _prototypes(
+    config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource, memory: Memory
+) -> Vectors:
     """Per owned image slot, the noised sum of mean token vectors of each level and how many stand there.
 
     Each slot's vector is clipped by itself, and every slot's noise is that of the whole release: a patient may move all of
@@ -154,8 +166,8 @@ def _prototypes(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpT
     """
     asked = plan.prototypes
     assert asked is not None
-    model = model_of(config.folder, plan, task)
-    records = read_records(config, plan, model, token)
+    model = model_of(config.folder, plan, task, memory)
+    records = read_records(config, plan, model, token, memory)
     tokens = model.bank.encode(records.members)
     levels = len(factor_of(model.schema, asked.factor).levels)
     level_B = levels_of(model.schema, records.members, asked.factor)
@@ -170,10 +182,12 @@ def _prototypes(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpT
     return found
 
 
-def _train_core(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:
+def _train_core(
+    config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource, memory: Memory
+) -> Vectors:
     """DP steps on the trained group of the core; the answer is the weighted change of each parameter group."""
-    model = model_of(config.folder, plan, task)
-    records = read_records(config, plan, model, token)
+    model = model_of(config.folder, plan, task, memory)
+    records = read_records(config, plan, model, token, memory)
     tokens = model.bank.encode(records.members)
     groups = owned_groups(config, plan, task)
     params = {name: value for name, value in model.core_weights().items() if group_of(name) in groups}
@@ -194,10 +208,12 @@ def _train_core(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpT
     return changes(params, after, plan.weight(config.site.name), groups)
 
 
-def _train_codecs(config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource) -> Vectors:
+def _train_codecs(
+    config: SiteConfig, plan: StudyPlan, task: RoundTask, token: DpToken, noise: NoiseSource, memory: Memory
+) -> Vectors:
     """DP steps on the owned codecs together: one clip over a patient's images and row."""
-    model = model_of(config.folder, plan, task)
-    records = read_records(config, plan, model, token)
+    model = model_of(config.folder, plan, task, memory)
+    records = read_records(config, plan, model, token, memory)
     groups = owned_groups(config, plan, task)
     slots = tuple(name.removeprefix("codec/") for name in groups)
     params = model.codec_weights(slots)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from client.hours import Hours
 from client.records.config import DataConfig
 from privacy.book import Head
-from privacy.boundary.plan import Label
+from privacy.boundary.plan import Hex32, Label
 from privacy.boundary.refusals import LedgerError, Refused
 from privacy.chain import ChainFile
 from privacy.ledger import EVERYONE, Ledger
@@ -19,6 +32,8 @@ from privacy.speed import REFUSED
 
 Epsilon = Annotated[float, Field(gt=0.0, allow_inf_nan=True)]
 Key = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
+QuietHours = Annotated[Hours, BeforeValidator(lambda text: Hours.parse(text) if isinstance(text, str) else text)]
+Person = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 SITE_LOG = "site.log.jsonl"
 LEDGER = "ledger.sqlite"
@@ -69,6 +84,11 @@ class PolicySection(_Frozen):
         bad_record: ``null``: a bad record becomes a null patient and is named on site; ``refuse``: the site sits out.
         coordinator_key: hex of the coordinator's public key, if it is not in ``keys/coordinator.pub``.
         officer_key: hex of the privacy officer's public key, who signs a restoration of the ledger; empty: nobody can.
+        approvals: how many different approvers must sign a plan; 2 is the rule of two persons.
+        approvers: name -> hex of the person's public key. Empty: whoever may write in this folder approves by name.
+        quiet_hours: spans of the day, local time, in which no round begins; one that runs is finished.
+        peers: which peers' keys a plan may name: ``seen``: those known here, and new ones, which an approval pins;
+            ``compared``: only those whose fingerprint somebody here compared (``medgen site peers``).
     """
 
     min_contributors: int = Field(default=3, ge=1, le=256)
@@ -76,11 +96,19 @@ class PolicySection(_Frozen):
     bad_record: Literal["null", "refuse"] = "null"
     coordinator_key: Key = ""
     officer_key: Key = ""
+    approvals: Literal[1, 2] = 1
+    approvers: dict[Person, Hex32] = Field(default_factory=dict)
+    quiet_hours: tuple[QuietHours, ...] = ()
+    peers: Literal["seen", "compared"] = "seen"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min_contributors == 2:
             raise ValueError("min_contributors: expected 1, or 3 and more; a sum over two sites hides neither")
+        if len(set(self.approvers.values())) != len(self.approvers):
+            raise ValueError("approvers: two names share a key; each person makes one, `medgen site approver-key FILE`")
+        if self.approvals > max(1, len(self.approvers)):
+            raise ValueError(f"approvals = {self.approvals} needs as many approvers, got {len(self.approvers)}")
         return self
 
 
@@ -108,6 +136,22 @@ class SpeedSection(_Frozen):
         return value
 
 
+class LimitsSection(_Frozen):
+    """``[limits]``: what the agent may take of its machine, applied when it starts.
+
+    Attributes:
+        cpu_threads: most CPU threads of one computation; left out: as many as there are cores.
+        nice: how much it steps back behind other processes, 0 to 19 (see ``nice(1)``).
+        memory_gb: most memory for data, in units of 10^9 bytes; a round that needs more fails and costs a spare.
+        gpu: whether it may see a GPU.
+    """
+
+    cpu_threads: int | None = Field(default=None, ge=1)
+    nice: int = Field(default=0, ge=0, le=19)
+    memory_gb: float | None = Field(default=None, ge=1.0, allow_inf_nan=False)
+    gpu: bool = True
+
+
 class SiteConfig(_Frozen):
     """A site folder's ``site.toml``, read here and nowhere else.
 
@@ -121,6 +165,16 @@ class SiteConfig(_Frozen):
     ceiling: CeilingSection
     policy: PolicySection = PolicySection()
     speed: SpeedSection = SpeedSection()
+    limits: LimitsSection = LimitsSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        most, asked = self.limits.cpu_threads, self.speed.threads
+        if most is not None and asked is not None and asked > most:
+            raise ValueError(
+                f"speed.threads = {asked} is above limits.cpu_threads = {most}; lower one or raise the other"
+            )
+        return self
 
     @classmethod
     def load(cls, site_dir: Path) -> SiteConfig:
@@ -136,6 +190,11 @@ class SiteConfig(_Frozen):
             raise ValueError(f"{path}: there is no such file; the hospital guide shows one") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: it is no TOML file: {error}") from error
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise ValueError(
+                f"{path}: it cannot be read ({reason}); give it to the agent's account, mode 0600"
+            ) from None
         if "folder" in tables:
             raise ValueError(f"{path}: unknown key 'folder'; remove it")
         try:
@@ -200,6 +259,17 @@ class SiteConfig(_Frozen):
     def read_ledger(self) -> Ledger:
         """The same, opened for reading, which works while the agent writes; nothing is created."""
         return self._checked_ledger(writable=False)
+
+    @contextlib.contextmanager
+    def look_at_ledger(self) -> Iterator[Ledger]:
+        """:meth:`read_ledger`; before the first approval an empty ledger elsewhere, so that looking makes none."""
+        if self.ledger_path.exists() or any(link.kind == "approved" for link in self.log().read()):
+            with self.read_ledger() as ledger:
+                yield ledger
+        else:
+            with tempfile.TemporaryDirectory(prefix="medgen-") as folder:
+                with Ledger.open(Path(folder) / LEDGER, self.site.name) as ledger:
+                    yield ledger
 
     def _checked_ledger(self, *, writable: bool) -> Ledger:
         approvals = [link.data() for link in self.log().read() if link.kind == "approved"]

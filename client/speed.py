@@ -52,16 +52,18 @@ def speed_for(
     else:
         path = config.folder / "state" / task.plan_hash / f"{task.stage}-speed.json"
         if not path.is_file():
-            measured = _measured(chosen.threads, unit_loss, params, made_up(TRIAL_PATIENTS))
+            measured = _measured(chosen.threads, config.limits.cpu_threads, unit_loss, params, made_up(TRIAL_PATIENTS))
             write_durably(path, canonical(dataclasses.asdict(measured)).encode())
         speed = Speed(**json.loads(path.read_bytes()))
     torch.set_num_threads(speed.threads)
     return speed
 
 
-def _measured(threads: int | None, unit_loss: UnitLoss, params: Mapping[str, Tensor], units: Units) -> Speed:
-    """The trial at the threads typed in, or at 1, 2, 4, … while doubling them is worth it."""
-    most = threads or os.cpu_count() or 1
+def _measured(
+    threads: int | None, limit: int | None, unit_loss: UnitLoss, params: Mapping[str, Tensor], units: Units
+) -> Speed:
+    """The trial at the threads typed in, or at 1, 2, 4, … up to the site's limit while doubling them is worth it."""
+    most = threads or limit or os.cpu_count() or 1
     best: tuple[float, Speed] | None = None
     count = threads or 1
     while count <= most:

@@ -151,7 +151,7 @@ def test_planted_habits_are_found(line: str) -> None:
     """Each in the middle of a private stage, as somebody might add it one day."""
     source = (ROOT / "client" / "rounds.py").read_text(encoding="utf-8")
     assert summaries(source) == []
-    place = "    records = read_records(config, plan, model, token)\n"
+    place = "    records = read_records(config, plan, model, token, memory)\n"
     assert place in source
     planted = source.replace(place, f"{place}    {line}\n", 1)
     assert {function for function, _ in summaries(planted)} == {"_recentre"}

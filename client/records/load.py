@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from client.memory import Memory
 from client.records import bids, cache, dicom, notes, series, tables
 from client.records.config import BidsSource, DataConfig, FilmSource, NotesSource, SeriesSource, TableSource
 from client.records.draft import Draft, patient_folder, session_folders
@@ -88,6 +89,7 @@ def load(
     split_key: bytes,
     held_out: int,
     cache_key: bytes | None = None,
+    memory: Memory | None = None,
 ) -> Records:
     """Read the records of a study at one site, of those patients whom the token's data blocks cover.
 
@@ -100,9 +102,10 @@ def load(
         split_key: the site's key of the fixed split; what the site remembers of patients is hashed with it too.
         held_out: declared number of held-out patients, over all blocks.
         cache_key: 32 bytes; if given, the encrypted cache under ``site_dir/cache`` is used and renewed.
+        memory: where records may lie decrypted that were read under the same key of the cache.
 
     Returns:
-        The same records with and without a cache.
+        The same records with and without a cache or memory.
 
     Raises:
         NoAccess: ``token`` is no token of the ledger.
@@ -111,7 +114,7 @@ def load(
         BadSite: the participants file or the configuration cannot be used.
         ValueError: ``held_out`` is negative or a key is too short.
     """
-    everyone = read_everyone(config, site_dir, schema, slots, token, cache_key, split_key)
+    everyone = read_everyone(config, site_dir, schema, slots, token, cache_key, split_key, memory)
     batch, problems = everyone.batch, list(everyone.problems)
     if isinstance(token, LocalToken) and not bool(batch.visit_BV.any()):
         raise NoPatients(*problems)
@@ -135,6 +138,7 @@ def read_everyone(
     token: AccessToken,
     cache_key: bytes | None = None,
     patient_key: bytes | None = None,
+    memory: Memory | None = None,
 ) -> Everyone:
     """All patients of the site whom the token covers, before the split; arguments and errors as in :func:`load`.
 
@@ -150,7 +154,7 @@ def read_everyone(
             raise NoPatients(*chosen.problems)
         if patient_key is not None and not isinstance(token, LocalToken):
             remember_blocks(site_dir, chosen.persons, patient_key)
-        return _read_or_recall(config, site_dir, schema, sources, chosen, blocks_of(token), cache_key)
+        return _read_or_recall(config, site_dir, schema, sources, chosen, blocks_of(token), cache_key, memory)
 
 
 def read_synthetic(folder: Path, schema: Schema, slots: Iterable[str], token: AccessToken) -> PatientBatch:
@@ -217,8 +221,9 @@ def _read_or_recall(
     chosen: Selection,
     blocks: frozenset[str],
     cache_key: bytes | None,
+    memory: Memory | None = None,
 ) -> Everyone:
-    """From the cache if it still fits the files, else from the files."""
+    """From memory or the cache if they still fit the files, else from the files."""
     root = site_dir / config.root
     files = {slot.name: table_file(root, slot, source) for slot, source in sources}
     if cache_key is None:
@@ -232,13 +237,17 @@ def _read_or_recall(
         watched += [path for name in names for path in sorted(patient_folder(root, name).rglob("*"))]
     who = json.dumps([[person.ids for person in chosen.persons], [name for name, _ in chosen.null]])
     key = cache.Key.of(schema, config, sorted(slot.name for slot, _ in sources), blocks, who, root, watched)
-    stored = cache.load(site_dir / "cache", key, cache_key, schema)
-    if stored is not None:
-        return Everyone(*stored, chosen.listed)
-    fresh = _read(config, root, schema, sources, files, chosen)
-    with contextlib.suppress(OSError):  # a full disk costs time, not the round
-        cache.save(site_dir / "cache", key, cache_key, schema, fresh.batch, fresh.problems, fresh.counts)
-    return fresh
+
+    def recall() -> tuple[PatientBatch, tuple[Problem, ...], Mapping[str, int]]:
+        stored = cache.load(site_dir / "cache", key, cache_key, schema)
+        if stored is not None:
+            return stored
+        fresh = _read(config, root, schema, sources, files, chosen)
+        with contextlib.suppress(OSError):  # a full disk costs time, not the round
+            cache.save(site_dir / "cache", key, cache_key, schema, fresh.batch, fresh.problems, fresh.counts)
+        return fresh.batch, fresh.problems, fresh.counts
+
+    return Everyone(*(memory or Memory()).records.get(key, recall), chosen.listed)
 
 
 def owned_sources(config: DataConfig, schema: Schema, slots: frozenset[str]) -> list[tuple[Slot, Source]]:

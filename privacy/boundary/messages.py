@@ -277,6 +277,19 @@ def from_bytes(data: bytes) -> Message:
     return message
 
 
+def kind_of(data: bytes) -> str:
+    """The kind that a message names in its header, which alone is read; empty for what is no message.
+
+    >>> kind_of(to_bytes(CapabilitiesRequest("demo"))), kind_of(b"MGN1")
+    ('CapabilitiesRequest', '')
+    """
+    try:
+        kind = _header(data)["kind"]
+    except (ValueError, RecursionError, struct.error):
+        return ""
+    return kind if isinstance(kind, str) else ""
+
+
 def parse_as(data: bytes, kinds: type[_M] | tuple[type[_M], ...]) -> _M:
     """Like :func:`from_bytes`, for the message kinds that are expected here; a refusal from afar is raised as one.
 
@@ -291,7 +304,7 @@ def parse_as(data: bytes, kinds: type[_M] | tuple[type[_M], ...]) -> _M:
     raise Refused("BAD_MESSAGE", f"{type(message).__name__} is not expected here")
 
 
-def _parse(data: bytes) -> Message:
+def _header(data: bytes) -> dict[str, Any]:
     if not isinstance(data, bytes) or len(data) > MAX_BYTES:
         raise ValueError(f"expected at most {MAX_BYTES} bytes")
     if data[:4] != _MAGIC:
@@ -302,12 +315,17 @@ def _parse(data: bytes) -> Message:
     header = json.loads(data[8 : 8 + length], parse_constant=_no_constant)
     if not isinstance(header, dict) or set(header) != {"kind", "fields"} or not isinstance(header["fields"], dict):
         raise ValueError("the header must hold kind and fields")
+    return header
+
+
+def _parse(data: bytes) -> Message:
+    header = _header(data)
     kind = _KINDS[header["kind"]]
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
     if set(header["fields"]) != {name for name in names if name not in _BODY_FIELDS}:
         raise ValueError(f"the fields of {kind.__name__} are {', '.join(names)}")
-    body = data[8 + length :]
+    body = data[8 + int.from_bytes(data[4:8], "big") :]
     values: dict[str, Any] = {
         name: (_body(hints[name], body) if name in _BODY_FIELDS else _typed(name, hints[name], header["fields"][name]))
         for name in names

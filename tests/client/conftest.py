@@ -332,8 +332,8 @@ def spy(_interpreter_events: None, monkeypatch: pytest.MonkeyPatch, study: Any) 
         monkeypatch.setattr(modules[name], attribute, wrapper(getattr(modules[name], attribute)))
     compute, audit, handle = rounds.compute, evidence.audit, agent.SiteAgent.handle
 
-    def computed(config: SiteConfig, plan: StudyPlan, task: Any, token: Any) -> Any:
-        values, step = compute(config, plan, task, token)
+    def computed(config: SiteConfig, plan: StudyPlan, task: Any, token: Any, *memory: Any) -> Any:
+        values, step = compute(config, plan, task, token, *memory)
         trained = task.stage in ("core", "codec")
         found.leaving(values, plan.weight(config.site.name) if trained else 1.0)
         return values, step

@@ -67,8 +67,18 @@ def test_the_surface_is_frozen() -> None:
     assert keys == {
         "site": ["declared_capacity", "declared_held_out", "name", "slots"],
         "ceiling": ["delta", "lifetime_epsilon", "plan_epsilon", "uncovered_queries"],
-        "policy": ["bad_record", "coordinator_key", "deterministic_noise", "min_contributors", "officer_key"],
+        "policy": [
+            "approvals",
+            "approvers",
+            "bad_record",
+            "coordinator_key",
+            "deterministic_noise",
+            "min_contributors",
+            "officer_key",
+            "quiet_hours",
+        ],
         "speed": ["chunk", "engine", "threads"],
+        "limits": ["cpu_threads", "gpu", "memory_gb", "nice"],
     }
 
 
