@@ -86,7 +86,9 @@ class _Signed(_Public):
 
     def to_bytes(self) -> bytes:
         """The file: JSON for people to read."""
-        return json.dumps(self.model_dump(mode="json"), indent=2).encode() + b"\n"
+        fields = self.model_dump(mode="json")
+        fields["signature"] = fields.pop("signature")
+        return json.dumps(fields, indent=2).encode() + b"\n"
 
     @classmethod
     def _parse(cls, data: bytes, what: str) -> Self:
@@ -175,8 +177,8 @@ class Kit(_Signed):
 
     Attributes:
         version: the coordinator's medgen version.
-        request: digest of the request that was enrolled.
-        identity_key, masking_key: of the site, as enrolled. flower_key: fingerprint of its SuperNode's key.
+        request: digest of the request that was enrolled. entry: what of it stands in a plan's roster.
+        flower_key: fingerprint of the SuperNode's key in it.
         ca_pem: the only authority that the site's SuperNode will trust.
         roster: fingerprint of each enrolled site's identity key at the time of the kit.
         policy_template: what the consortium proposes for ``site.toml``, to be read by a person; nothing applies it.
@@ -189,8 +191,7 @@ class Kit(_Signed):
     created: Instant
     site: Label
     request: Hex32
-    identity_key: Hex32
-    masking_key: Hex32
+    entry: RosterEntry
     flower_key: Fingerprint
     coordinator_key: Hex32
     endpoint: Endpoint
@@ -200,8 +201,8 @@ class Kit(_Signed):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.roster.get(self.site) != fingerprint(bytes.fromhex(self.identity_key)):
-            raise ValueError("the roster names another key for the site than the kit")
+        if self.roster.get(self.site) != fingerprint(bytes.fromhex(self.entry.identity_key)):
+            raise ValueError("the roster names another key for the site than its entry")
         return self
 
     @property
