@@ -15,11 +15,14 @@ import dataclasses
 import datetime
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from client.approvals import check_signed, missing, os_user, refusals_logged, sign, signatures
+from client.peers import check_peers, peers_of
 from client.site import SITE_LOG, SiteConfig
-from privacy.accounting import AccountantsDisagree
+from privacy.accounting import AccountantsDisagree, CrossCheck
 from privacy.book import Head
 from privacy.boundary.plan import StudyPlan, plan_hash
 from privacy.boundary.refusals import Refused
@@ -36,9 +39,11 @@ __all__ = [
     "admit",
     "approve",
     "approve_pending",
+    "approve_signed",
     "check_roster",
     "decisions",
     "dp_plan",
+    "objections",
     "pending",
     "propose",
     "reject",
@@ -95,37 +100,84 @@ def check_roster(config: SiteConfig, plan: StudyPlan) -> None:
     Raises:
         Refused: with the code of the first thing that does not fit.
     """
+    for refusal in _roster_objections(config, plan):
+        raise refusal
+
+
+def _roster_objections(config: SiteConfig, plan: StudyPlan) -> Iterator[Refused]:
     site, entry = config.site, plan.roster.get(config.site.name)
     if entry is None:
-        raise Refused("NOT_IN_ROSTER", f"site {site.name}", "ask the coordinator to enrol this site")
+        yield Refused("NOT_IN_ROSTER", f"site {site.name}", "ask the coordinator to enrol this site")
+        return
     keys = config.folder / "keys"
     identity, masking = IdentityKey.load(keys / "identity.key"), MaskingKey.load(keys / "masking.key")
     if (entry.identity_key, entry.masking_key) != (identity.public.hex(), masking.public.hex()):
         remedy = f"the coordinator must enrol fingerprint {fingerprint(identity.public)}"
-        raise Refused("ROSTER_KEYS", f"the roster's keys for {site.name} are not those in {keys}", remedy)
+        yield Refused("ROSTER_KEYS", f"the roster's keys for {site.name} are not those in {keys}", remedy)
     if extra := sorted(set(entry.slots) - set(site.slots)):
-        raise Refused("SLOTS", f"{', '.join(extra)}", "add them to [site] slots if the site wants to offer them")
+        yield Refused("SLOTS", f"{', '.join(extra)}", "add them to [site] slots if the site wants to offer them")
     if (entry.n_decl, entry.held_out_decl) != (site.declared_capacity, site.declared_held_out):
         declared = f"site.toml declares {site.declared_capacity} and {site.declared_held_out}"
-        raise Refused(
+        yield Refused(
             "CAPACITY", f"roster {entry.n_decl} and {entry.held_out_decl}, {declared}", "enrol the site again"
         )
     if entry.min_contributors != config.policy.min_contributors:
-        raise Refused("MIN_CONTRIBUTORS", f"roster {entry.min_contributors}, site {config.policy.min_contributors}")
+        yield Refused("MIN_CONTRIBUTORS", f"roster {entry.min_contributors}, site {config.policy.min_contributors}")
     if plan.deterministic and not config.policy.deterministic_noise:
-        raise Refused("DETERMINISTIC_NOISE", remedy="never admit it where there are real patients")
+        yield Refused("DETERMINISTIC_NOISE", remedy="never admit it where there are real patients")
     if plan.audit.cap > config.ceiling.uncovered_queries:
-        raise Refused(
+        yield Refused(
             "UNCOVERED_CAP",
             f"the plan asks for {plan.audit.cap}, the site allows {config.ceiling.uncovered_queries}",
             "raise [ceiling] uncovered_queries or ask for a smaller audit",
         )
+    try:
+        check_peers(config, plan)
+    except Refused as refusal:
+        yield refusal
+
+
+def objections(config: SiteConfig, plan: StudyPlan) -> tuple[Refused, ...]:
+    """Every point at which this site would refuse to approve a plan today; writes nothing.
+
+    Raises:
+        LedgerError: the ledger cannot be used, so nothing can be said.
+    """
+    found = list(_roster_objections(config, plan))
+    try:
+        promise = dp_plan(plan)
+    except Refused as refusal:
+        return (*found, refusal)
+    for check in (check_promise, _cross_checked):
+        try:
+            check(plan, promise)
+        except Refused as refusal:
+            found.append(refusal)
+    if (entry := plan.roster.get(config.site.name)) is None:
+        return tuple(found)
+    with config.look_at_ledger() as ledger:
+        try:
+            _check_newer_than_losses(ledger, plan.hash, plan.created)
+        except Refused as refusal:
+            found.append(refusal)
+        column = config.data.block_column if config.data.blocks else ""
+        found += ledger.objections(
+            plan.hash,
+            promise,
+            config.ceilings,
+            entry.n_decl,
+            deterministic=plan.deterministic,
+            blocks=config.blocks,
+            block_column=column,
+        )
+    return tuple(found)
 
 
 def approve(site_dir: Path, plan_bytes: bytes, signature: bytes, *, by: str = "operator") -> str:
     """Approve a plan for this site: check everything, reserve its spend, write it down. Returns the plan's hash.
 
-    Approving again changes nothing.
+    Approving again changes nothing. Where the site enrols approvers, their signatures must stand in the site log already:
+    :func:`approve_signed`.
 
     Raises:
         Refused: with the code of the first check that fails; nothing is reserved then.
@@ -138,10 +190,9 @@ def approve(site_dir: Path, plan_bytes: bytes, signature: bytes, *, by: str = "o
     check_roster(config, plan)
     promise = dp_plan(plan)
     check_promise(plan, promise)
-    try:
-        check = promise.cross_check()  # with this site's own libraries: nobody else's word is taken for it
-    except AccountantsDisagree as error:
-        raise Refused("BAD_PLAN", f"dp: {error}") from error
+    check = _cross_checked(plan, promise)
+    links = config.log().read()
+    check_signed(config, links, name)
     with config.open_ledger() as ledger:
         _check_newer_than_losses(ledger, name, plan.created)
         epsilon = ledger.reserve(
@@ -167,19 +218,50 @@ def approve(site_dir: Path, plan_bytes: bytes, signature: bytes, *, by: str = "o
         "block_column": config.data.block_column if config.data.blocks else "",
         "ledger": str(head),
         "by": by,
+        "signed_by": [signed.by for signed in signatures(config, links, name)],
+        "os_user": os_user(),
         "at": now_utc(),
     }
     text = canonical(record).encode()
     write_durably(site_dir / "approvals" / f"{name}.json", text)
     entry = {"plan_hash": name, "study": plan.study, "by": by, "record": hashlib.sha256(text).hexdigest()}
-    config.log().append("approved", {**entry, "ledger": str(head)})
+    body = {**entry, "ledger": str(head), "os_user": os_user(), "peers": peers_of(config, plan)}
+    config.log().append("approved", body)
     return name
 
 
 def approve_pending(site_dir: Path, name: str, *, by: str = "operator") -> str:
-    """Approve a plan that was proposed before, by its hash; see :func:`approve`."""
-    plan_bytes, signature = stored_plan(site_dir, name)
-    return approve(site_dir, plan_bytes, signature, by=by)
+    """Approve a plan that was proposed before, by its hash; see :func:`approve`. A refusal goes into the site log."""
+    with refusals_logged(SiteConfig.load(site_dir), "approval", name, by):
+        plan_bytes, signature = stored_plan(site_dir, name)
+        return approve(site_dir, plan_bytes, signature, by=by)
+
+
+def approve_signed(site_dir: Path, name: str, *, by: str, key: IdentityKey) -> int:
+    """Sign a proposed plan as one of the site's approvers; the last signature that was needed approves it.
+
+    A refusal goes into the site log. A plan that the site would refuse is not signed.
+
+    Returns:
+        How many approvers must still sign.
+
+    Raises:
+        Refused: as :func:`approve` and :func:`client.approvals.sign`.
+    """
+    config = SiteConfig.load(site_dir)
+    with refusals_logged(config, "approval", name, by):
+        plan_bytes, signature = stored_plan(site_dir, name)
+        plan = verify_plan(plan_bytes, signature, config.coordinator_key())
+        for refusal in objections(config, plan):
+            raise refusal
+        begun = _status(site_dir, name) != "approved" and not missing(config, config.log().read(), name)
+        if not begun:  # else all have signed, and what came after was interrupted
+            sign(config, name, plan.study, by, key)
+        links = config.log().read()
+        if wanting := missing(config, links, name):
+            return wanting
+        approve(site_dir, plan_bytes, signature, by=", ".join(signed.by for signed in signatures(config, links, name)))
+        return 0
 
 
 def reject(site_dir: Path, name: str, *, by: str = "operator", reason: str = "") -> None:
@@ -193,7 +275,8 @@ def reject(site_dir: Path, name: str, *, by: str = "operator", reason: str = "")
     """
     plan = StudyPlan.from_bytes(stored_plan(site_dir, name)[0])
     config = SiteConfig.load(site_dir)
-    config.log().append("rejected", {"plan_hash": name, "study": plan.study, "by": by, "reason": reason})
+    body = {"plan_hash": name, "study": plan.study, "by": by, "reason": reason, "os_user": os_user()}
+    config.log().append("rejected", body)
     if config.ledger_path.exists():
         with config.open_ledger() as ledger:
             if ledger.reserved(name):
@@ -238,8 +321,8 @@ def admit(site_dir: Path, name: str) -> StudyPlan:
     """The plan behind a task, if this site approved it and today's ``site.toml`` still admits it.
 
     Raises:
-        Refused: ``NOT_APPROVED`` or ``PLAN_REJECTED``; or what :func:`check_roster` finds, ``OVER_PLAN_CEILING`` or
-            ``DELTA`` if ``site.toml`` was tightened since.
+        Refused: ``NOT_APPROVED`` or ``PLAN_REJECTED``; or what :func:`check_roster` finds, ``OVER_PLAN_CEILING``,
+            ``DELTA`` or a signature too few (``NOT_APPROVED``) if ``site.toml`` was tightened since.
     """
     try:
         status = _status(site_dir, name)
@@ -252,6 +335,7 @@ def admit(site_dir: Path, name: str) -> StudyPlan:
     config = SiteConfig.load(site_dir)
     plan = verify_plan(*stored_plan(site_dir, name), config.coordinator_key())
     check_roster(config, plan)
+    check_signed(config, config.log().read(), name)
     record = _approval(site_dir, name)
     if not float(record["epsilon"]) <= config.ceiling.plan_epsilon:
         raise Refused("OVER_PLAN_CEILING", "site.toml was tightened after the approval")
@@ -269,6 +353,14 @@ def dp_plan(plan: StudyPlan) -> DPPlan:
     try:
         return DPPlan.from_dict(plan.dp)
     except (ValueError, TypeError, KeyError) as error:
+        raise Refused("BAD_PLAN", f"dp: {error}") from error
+
+
+def _cross_checked(_: StudyPlan, promise: DPPlan) -> CrossCheck:
+    """The second accountant's word, by this site's own libraries: nobody else's is taken for it."""
+    try:
+        return promise.cross_check()
+    except AccountantsDisagree as error:
         raise Refused("BAD_PLAN", f"dp: {error}") from error
 
 

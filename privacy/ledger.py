@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import dp_accounting
 
@@ -162,22 +162,29 @@ class Ledger:
         body = reservation(
             plan_hash, plan, n_decl, deterministic=deterministic, blocks=blocks, block_column=block_column
         )
-        new = Account(body)
-        if (account := self._book.accounts.get(plan_hash)) is not None:
-            if canonical(account.promise()) != canonical(new.promise()):
-                raise Refused("BUDGET_CONFLICT", "the same plan hash was reserved with another promise or other blocks")
-            if account.closed:
-                raise Refused("NOT_APPROVED", "the plan was closed", "ask the coordinator for a new plan")
-            return plan.epsilon
-        epsilon = self._check(plan, ceilings, n_decl)
-        before = list(self._book.accounts.values())
-        body |= {  # of the new account too: its orders are those that it is checked at
-            "lifetime_delta": ceilings.delta,
-            "orders": lifetime.new_orders(before, new.blocks, plan, ceilings),
-        }
-        lifetime.check(before, new, ceilings)
-        self._book.apply(self._file.append("reserve", body))
-        return epsilon
+        for refusal in self._objections(body, plan, ceilings, n_decl):
+            raise refusal
+        if not self.reserved(plan_hash):
+            self._book.apply(self._file.append("reserve", body))
+        return plan.epsilon
+
+    def objections(
+        self,
+        plan_hash: str,
+        plan: DPPlan,
+        ceilings: Ceilings,
+        n_decl: int,
+        *,
+        deterministic: bool = False,
+        blocks: Sequence[str] = (EVERYONE,),
+        block_column: str = "",
+    ) -> tuple[Refused, ...]:
+        """All that :meth:`reserve` would refuse these arguments for, the first of it first; empty if nothing. Writes nothing."""
+        _need_digest("plan_hash", plan_hash)
+        body = reservation(
+            plan_hash, plan, n_decl, deterministic=deterministic, blocks=blocks, block_column=block_column
+        )
+        return tuple(self._objections(body, plan, ceilings, n_decl))
 
     def intend(self, plan_hash: str, stage: str, round: int, attempt_digest: str) -> DpToken:
         """Charge one round (counted from 0) of a stage, durably, before it is computed.
@@ -329,24 +336,39 @@ class Ledger:
             raise Refused("NOT_APPROVED", "the plan was closed")
         return account
 
-    def _check(self, plan: DPPlan, ceilings: Ceilings, n_decl: int) -> float:
-        """Hold a plan against its own rules and the plan ceiling; returns its epsilon."""
+    def _objections(self, body: dict[str, Any], plan: DPPlan, ceilings: Ceilings, n_decl: int) -> Iterator[Refused]:
+        """Hold a reservation against its own rules, both ceilings and what is reserved; completes ``body`` on the way."""
+        new = Account(body)
+        if (account := self._book.accounts.get(body["plan_hash"])) is not None:
+            if canonical(account.promise()) != canonical(new.promise()):
+                yield Refused("BUDGET_CONFLICT", "the same plan hash was reserved with another promise or other blocks")
+            elif account.closed:
+                yield Refused("NOT_APPROVED", "the plan was closed", "ask the coordinator for a new plan")
+            return
         if not plan.calibrated:
-            raise Refused("NOT_CALIBRATED", remedy="plan.calibrate(target_epsilon)")
+            yield Refused("NOT_CALIBRATED", remedy="plan.calibrate(target_epsilon)")
+            return
         try:
             plan.check_delta(n_decl)
         except ValueError as error:
-            raise Refused("DELTA", str(error)) from error
+            yield Refused("DELTA", str(error))
         if not plan.delta <= ceilings.delta:
-            raise Refused("DELTA", f"delta {plan.delta} is above the site's {ceilings.delta}")
-        epsilon = plan.epsilon
-        if not 0 <= epsilon <= ceilings.plan_epsilon + lifetime.SLACK:
-            raise Refused(
+            yield Refused("DELTA", f"delta {plan.delta} is above the site's {ceilings.delta}")
+        if not 0 <= plan.epsilon <= ceilings.plan_epsilon + lifetime.SLACK:
+            yield Refused(
                 "OVER_PLAN_CEILING",
-                f"epsilon {epsilon:.4f} against {ceilings.plan_epsilon}",
+                f"epsilon {plan.epsilon:.4f} against {ceilings.plan_epsilon}",
                 "plan with a smaller target",
             )
-        return epsilon
+        before = list(self._book.accounts.values())
+        body |= {  # of the new account too: its orders are those that it is checked at
+            "lifetime_delta": ceilings.delta,
+            "orders": lifetime.new_orders(before, new.blocks, plan, ceilings),
+        }
+        try:
+            lifetime.check(before, new, ceilings)
+        except Refused as refusal:
+            yield refusal
 
 
 def _need_digest(name: str, value: str) -> None:

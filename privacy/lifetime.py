@@ -36,12 +36,14 @@ class BlockForecast:
 
     Attributes:
         lifetime_epsilon: taken so far, by the block's Rényi filter; left: the ceiling less that.
+        with_one: what would be taken with one such plan.
         fits: further plans that the lifetime ceiling admits, one after the other; None where there is no end to them.
     """
 
     name: str
     lifetime_epsilon: float
     left: float
+    with_one: float
     fits: int | None
 
 
@@ -136,11 +138,13 @@ def forecast(
         order = order_of(mine, block) or choose_order(plan, ceilings)
         private = all(account.private for account in mine)
         before = spent(mine, block, ceilings.delta, order) if private else math.inf
+        one = dp_accounting.ComposedDpEvent([_total(mine, block), plan.events()])
         found.append(
             BlockForecast(
                 name=block,
                 lifetime_epsilon=before,
                 left=max(0.0, ceilings.lifetime_epsilon - before) if math.isfinite(before) else 0.0,
+                with_one=accounting.epsilon_rdp(one, ceilings.delta, order) if private else math.inf,
                 fits=_copies(_total(mine, block), plan.events(), ceilings, order) if private else 0,
             )
         )
