@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import http.client
 import http.server
-import ipaddress
 import os
 import shutil
 import socket
@@ -21,11 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from server.authority import Credential, make_authority, make_server_certificate
+from server.processes import QUIET
 from server.recipes import write_recipes
 
 HOST = "coordinator.example.org"
@@ -54,47 +50,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Authority:
-    """A certificate authority of one test."""
-
-    def __init__(self, name: str) -> None:
-        self.key = ec.generate_private_key(ec.SECP384R1())
-        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self.certificate = self._sign(self.name, self.key.public_key(), authority=True)
-
-    def _sign(self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, authority: bool) -> x509.Certificate:
-        now = datetime.datetime.now(datetime.UTC)
-        names = [x509.DNSName(HOST), x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self.name)
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .sign(self.key, hashes.SHA384())
-        )
-
-    def issue(self, certificate: Path, key: Path) -> None:
-        """A new key and its certificate, as PEM files."""
-        private = ec.generate_private_key(ec.SECP384R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, key.stem)])
-        signed = self._sign(subject, private.public_key(), authority=False)
-        for path in (certificate, key):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-        key.write_bytes(
-            private.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
-
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
+def save(credential: Credential, certificate: Path, key: Path | None = None) -> None:
+    certificate.parent.mkdir(parents=True, exist_ok=True)
+    certificate.write_bytes(credential.certificate_pem)
+    if key is not None:
+        key.write_bytes(credential.key_pem)
 
 
 @contextlib.contextmanager
@@ -163,11 +123,22 @@ class Consortium:
 
     def __init__(self, folder: Path, *, mutual_tls: bool = False) -> None:
         self.folder = folder
-        self.authority = Authority("north")
-        self.authority.save(folder / "ca" / "ca.crt")
-        self.authority.issue(folder / "tls" / "server.crt", folder / "tls" / "server.key")
+        authority = make_authority("north")
+        save(authority, folder / "ca" / "ca.crt", folder / "ca" / "ca.key")
+        save(make_server_certificate(authority, HOST), folder / "tls" / "server.crt", folder / "tls" / "server.key")
         self.config = Config(port=free_port(), superlink_port=free_port())
         write_recipes(self.config, folder, mutual_tls=mutual_tls)
+
+    def certify(self, key: Path) -> Path:
+        """A client's key, certified with the script of the recipes; returns the key's path."""
+        words = "req -new -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj /CN=site -keyout".split()
+        request = key.with_suffix(".csr")
+        subprocess.run([tool("openssl"), *words, str(key), "-out", str(request)], check=True, capture_output=True)
+        script = ["sh", str(self.folder / "deploy" / "certify.sh"), str(request), str(key.with_suffix(".crt"))]
+        done = subprocess.run(script, check=True, capture_output=True, text=True)
+        assert "sha256 of the key: " in done.stdout
+        assert subprocess.run(script, capture_output=True).returncode == 1  # never over a certificate that is there
+        return key
 
     def ask(self, path: str, method: str = "POST", client: Path | None = None) -> int:
         """The status that the proxy answers; ``path`` goes over the wire as it is."""
@@ -231,7 +202,8 @@ def test_the_door_opens_to_the_fleet_api_and_to_nothing_else(kind: str, tmp_path
 def test_a_stranger_in_the_superlinks_place_gets_nothing(kind: str, tmp_path: Path) -> None:
     tool(kind)
     here = Consortium(tmp_path)
-    Authority("stranger").issue(tmp_path / "other" / "server.crt", tmp_path / "other" / "server.key")
+    other = make_server_certificate(make_authority("stranger"), HOST)
+    save(other, tmp_path / "other" / "server.crt", tmp_path / "other" / "server.key")
     with (
         proxy(kind, tmp_path, here.config.port),
         superlink(
@@ -246,16 +218,16 @@ def test_a_stranger_in_the_superlinks_place_gets_nothing(kind: str, tmp_path: Pa
 def test_mutual_tls_lets_in_whom_the_consortium_certified(kind: str, tmp_path: Path) -> None:
     tool(kind)
     here = Consortium(tmp_path, mutual_tls=True)
-    site, stranger = tmp_path / "site.key", tmp_path / "stranger.key"
-    here.authority.issue(site.with_suffix(".crt"), site)
-    Authority("north").issue(stranger.with_suffix(".crt"), stranger)
+    strangers = Consortium(tmp_path / "strangers")
+    site, stranger = here.certify(tmp_path / "site.key"), strangers.certify(tmp_path / "stranger.key")
+    server = tmp_path / "tls" / "server.key"  # signed by the same authority, but not as a client
     certificate, key = tmp_path / "tls" / "server.crt", tmp_path / "tls" / "server.key"
     with (
         proxy(kind, tmp_path, here.config.port),
         superlink(certificate, key, here.config.superlink_port) as reached,
     ):
         assert here.ask("/v1/fleet/pull-messages", client=site) == 200
-        for client in (None, stranger):
+        for client in (None, stranger, server):
             try:
                 assert here.ask("/v1/fleet/pull-messages", client=client) == 400  # nginx ends the request,
             except (ssl.SSLError, ConnectionError):  # Caddy the handshake
@@ -385,8 +357,6 @@ def test_the_wheelhouse_installs_offline_and_refuses_a_changed_wheel(tmp_path: P
 
 
 def test_flower_stays_quiet_under_every_recipe(tmp_path: Path) -> None:
-    from simulations.backends import QUIET
-
     write_recipes(Config(), tmp_path)
     deploy = tmp_path / "deploy"
     lines = [line for line in (deploy / "flower.env").read_text().splitlines() if not line.startswith("#")]
