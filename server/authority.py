@@ -1,7 +1,8 @@
 """The consortium's own certificate authority and the coordinator's server certificate (X.509, P-384, SHA-384).
 
-The authority signs one kind of certificate, for the coordinator's host, and sites trust it for nothing else. Validity begins
-an hour before now, so that a site whose clock is late by less is not turned away.
+Sites trust the authority for the coordinator's host and for nothing else; where mutual TLS is wanted, it also signs for the
+sites' outbound proxies (``deploy/certify.sh``). Validity begins an hour before now, so that a site whose clock is late by less
+is not turned away.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def roster(folder: Coordinator) -> None:
         for member in members.values():
             slots = ", ".join(member.entry.slots)
             table.add_row(
-                member.site, _four_lines(member.fingerprint), slots, str(member.entry.n_decl), member.since, ""
+                member.site, _four_lines(member.fingerprint), slots, str(member.entry.n_decl), member.since[:10], ""
             )
         for one in former:
             table.add_row(

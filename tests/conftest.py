@@ -401,3 +401,58 @@ def study_small(monkeypatch: pytest.MonkeyPatch, study_base: Study, tmp_path: Pa
     shutil.copytree(study_base.root / "public", study.runs / "public")
     study.scenario_file.write_text(SCENARIO, encoding="utf-8")
     return study
+
+
+# -- a consortium that is joined file by file --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Consortium:
+    """A coordinator's folder, hospitals made beside it, and what their people read to each other over the telephone."""
+
+    folder: Path
+
+    def hospital(self, name: str, capacity: int = 160) -> Path:
+        """A new site folder with keys and ``site.toml``."""
+        from client.founding import make_site
+
+        site = self.folder.parent / name
+        make_site(site, name=name, slots=("mri", "ehr"), capacity=capacity, held_out=40)
+        return site
+
+    def request(self, site: Path) -> bytes:
+        """The site's request file."""
+        from client.enrolment import signed_request
+
+        return signed_request(site).to_bytes()
+
+    def heard(self, folder: Path) -> str:
+        """The fingerprint that a site, or the coordinator, reads aloud: of the key on its own disk."""
+        from privacy.identity import IdentityKey, fingerprint
+
+        return fingerprint(IdentityKey.load(folder / "keys" / "identity.key").public)
+
+    def enrol(self, site: Path) -> bytes:
+        """Enrol a site by its own request; returns its kit."""
+        from server.enrolment import enrol
+        from server.kit import make_kit
+
+        enrol(self.folder, self.request(site), self.heard(site))
+        return make_kit(self.folder, site.name).to_bytes()
+
+    def member(self, name: str) -> Path:
+        """A hospital that has joined."""
+        from client.joining import join
+
+        site = self.hospital(name)
+        join(site, self.enrol(site), self.heard(self.folder))
+        return site
+
+
+@pytest.fixture
+def consortium(tmp_path: Path) -> Consortium:
+    """A coordinator that nobody has joined."""
+    from server.coordinator import make_coordinator
+
+    make_coordinator(tmp_path / "coordinator", host="localhost", port=9443, name="demo")
+    return Consortium(tmp_path / "coordinator")

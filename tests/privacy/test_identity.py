@@ -11,6 +11,7 @@ from privacy.identity import (
     IdentityKey,
     MaskingKey,
     SecretKey,
+    confirm_fingerprint,
     fingerprint,
     open_envelope,
     pre_authentication,
@@ -110,3 +111,24 @@ def test_envelope_garbage_is_a_value_error(data: bytes) -> None:
 def test_fingerprint_is_readable_and_depends_on_every_byte() -> None:
     assert len(fingerprint(KEY.public).split()) == 16
     assert fingerprint(KEY.public) != fingerprint(OTHER.public)
+
+
+@pytest.mark.parametrize("typed", [fingerprint(KEY.public), fingerprint(KEY.public).replace(" ", "").upper()])
+def test_a_fingerprint_is_confirmed_however_it_was_grouped(typed: str) -> None:
+    confirm_fingerprint(f" {typed}\n", KEY.public, "site north")
+
+
+def test_a_fingerprint_that_differs_says_where_and_not_what_was_expected() -> None:
+    heard = fingerprint(KEY.public).split()
+    heard[2], heard[15] = "0000", "ffff"
+    with pytest.raises(ValueError, match=r"fingerprint of site north: group 3, 16 of 16") as caught:
+        confirm_fingerprint(" ".join(heard), KEY.public, "site north")
+    assert not any(group in str(caught.value) for group in fingerprint(KEY.public).split())
+
+
+@pytest.mark.parametrize(
+    "typed", ["", "0", fingerprint(KEY.public)[:-1], fingerprint(KEY.public)[:19], "x" * 64, "ü" * 64]
+)
+def test_part_of_a_fingerprint_is_none(typed: str) -> None:
+    with pytest.raises(ValueError, match="expected 64 hexadecimal digits"):
+        confirm_fingerprint(typed, KEY.public, "site north")
