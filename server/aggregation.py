@@ -2,8 +2,8 @@
 
 Each parameter group (or statistic) is added over the sites that own it, with public weights; what a group's sum means is
 the caller's affair. A group that enough sites own is masked; one whose few owners all agreed to it arrives under its
-local noise alone; any other is frozen and is not asked for. A round whose sums cannot be opened is asked again as a new
-attempt, which costs each site a spare, until nobody who answered is left.
+local noise alone; any other is frozen and is not asked for. While too few sites are reached, the same attempt is asked
+again: stored answers are free. A round whose unmasking fails is asked again as a new attempt, which costs each site a spare.
 
 Memory does not grow with the sites: each masked answer is added to its groups' sums as it arrives and is dropped.
 """
@@ -73,7 +73,7 @@ class Ask:
     Attributes:
         groups: group -> length of its vector; frozen groups are left out by the caller or dropped here.
         step: grid step of the masked numbers.
-        max_attempts: one, plus the stage's spare rounds.
+        max_attempts: how often it is asked before the study stops to be resumed: once, plus the stage's spare rounds.
     """
 
     stage: str
@@ -106,6 +106,16 @@ class Arrivals:
     def survivors(self) -> tuple[str, ...]:
         """The sites that were added, sorted."""
         return tuple(sorted(self.heads))
+
+    @property
+    def alive(self) -> list[MaskedSum]:
+        """The sums over sites enough to be opened."""
+        return [total for total in self.masked if len(total.sites) >= total.cohort.smallest]
+
+    @property
+    def unreached(self) -> bool:
+        """Whether nothing can be opened only because too few sites have answered yet."""
+        return bool(self.masked) and not self.alive
 
     def add(self, site: str, groups: Arrays, head: Head) -> None:
         """Add a site's answer, whose groups, lengths and types have been checked."""
@@ -154,10 +164,9 @@ class Aggregator:
         owners = {site for name in groups for site in self._plan.owners(name)}
         everyone = tuple(sorted(owners & set(sites)))
         attempt, invited = self._begin(ask, everyone)
-        first, heads = attempt, self._checkpoints.heads()
-        last = attempt + ask.max_attempts  # of this run of the coordinator; over all runs the ledgers are the limit
+        first, asked, heads = attempt, 0, self._checkpoints.heads()
         refused: dict[str, str] = {}
-        while attempt < last and invited:
+        while asked < ask.max_attempts and invited:  # of this run; over all runs the ledgers are the limit
             told = {site: str(heads[site]) for site in invited if site in heads}
             task = sign_task(
                 RoundTask(self._plan.hash, ask.stage, ask.round, attempt, invited, ask.parts, ask.arrays, told),
@@ -175,6 +184,9 @@ class Aggregator:
                 used = tuple(sorted({site for entry in sums.values() for site in entry.sites}))
                 seen = {site: (head.seq, head.hash) for site, head in sorted(found.heads.items())}
                 return RoundSums(sums, used, refused, attempt + 1, seen)
+            asked += 1
+            if found.unreached and set(codes.values()) == {"SITE_UNAVAILABLE"}:
+                continue  # no seed of this attempt was asked for, so that it can still be opened: nobody pays for it twice
             # Whoever refused for good is not asked again; whoever answered, or was cut off, may be there next time.
             final = {site for site, code in codes.items() if code != "SITE_UNAVAILABLE"}
             attempt, invited = attempt + 1, tuple(site for site in left if site not in final)
@@ -240,7 +252,7 @@ class Aggregator:
         survivors = found.survivors
         sums = {name: self._weighed(found.plain_sum(name), tuple(sorted(own))) for name, own in found.plain.items()}
         cohorts = [total.cohort for total in found.masked]
-        alive = [total for total in found.masked if len(total.sites) >= total.cohort.smallest]
+        alive = found.alive
         if not alive:
             return sums, task.invited
         partners = sorted({site for total in alive for site in total.sites})
