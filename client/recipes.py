@@ -38,6 +38,7 @@ def write_recipes(
     """Write the recipes of a site that has joined into ``out``, replacing what an earlier call wrote.
 
     Args:
+        out: a folder that the agent's account cannot write: root's service manager reads it.
         proxy: the hospital's own way out, ``http://host:port``; empty where there is none.
         gpu: the agent may open NVIDIA devices.
         runtime_port: of Flower's Runtime API; several SuperNodes on one machine need different ones.
@@ -47,10 +48,14 @@ def write_recipes(
         The files, sorted.
 
     Raises:
-        ValueError: ``site.toml`` does not read, the site has not joined, or a path or name holds a character that one of the
+        ValueError: ``site.toml`` does not read, the site has not joined, ``out`` is inside the site folder, or a path or name holds a character that one of the
             programs would read as more than a name.
     """
     site_dir, out = site_dir.resolve(), out.resolve()
+    if out.is_relative_to(site_dir):
+        raise ValueError(
+            f"out {out}: it is inside the site folder, where the agent's account may write; name another folder"
+        )
     config = SiteConfig.load(site_dir)
     host, port = _endpoint(site_dir)
     address = _address(host)
@@ -88,10 +93,13 @@ def write_recipes(
         keep_trailing_newline=True,
         autoescape=False,  # configurations, not HTML; what goes in was held against PLAIN
     )
+    out.mkdir(mode=0o755, parents=True, exist_ok=True)
     written = []
     for name in sorted(environment.list_templates(extensions=["j2"])):
         path = out / name.removesuffix(".j2")
-        write_durably(path, environment.get_template(name).render(values).encode(), mode=0o640)
+        # A company's proxy may want a password; all else is read by other accounts than the one that copies it.
+        mode = 0o640 if path.name == "flower.env" else 0o644
+        write_durably(path, environment.get_template(name).render(values).encode(), mode=mode)
         written.append(path)
     return tuple(written)
 

@@ -41,6 +41,7 @@ SURFACE: dict[str, tuple[str, ...]] = {
     ),
     "sample": ("model", "--rows", "--out", "--task", "--key", "--factor", "--steps", "--guidance", "--seed"),
     "site check": ("folder", "--schema"),
+    "site recipes": ("folder", "--out", "--proxy", "--gpu", "--runtime-port", "--outbound-port"),
     "site withdraw": ("folder", "patient", "--list"),
     "site ledger show": ("folder",),
     "site ledger verify": ("folder", "--head"),

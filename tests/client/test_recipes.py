@@ -375,11 +375,29 @@ def test_the_image_has_two_users_and_installs_by_hash(tmp_path: Path) -> None:
     assert f"-v {tmp_path}/site:" not in node
 
 
+def test_the_command_says_what_it_wrote_and_refuses_without_a_traceback(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from client.cli import site as app
+
+    site, out = make_site(tmp_path / "site"), tmp_path / "out"
+    done = CliRunner().invoke(app, ["recipes", str(site), "--out", str(out)])
+    assert done.exit_code == 0
+    assert f"written {len(list(out.iterdir()))} files" in done.output
+    (site / "supernode" / "endpoint.json").unlink()
+    done = CliRunner().invoke(app, ["recipes", str(site), "--out", str(out)])
+    assert done.exit_code == 1
+    assert "refused" in done.output
+    assert "join first" in done.output
+
+
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
     site = make_site(tmp_path / "site")
     with pytest.raises(ValueError, match="expected letters"):
         write_recipes(site, out, proxy="http://a b")
+    with pytest.raises(ValueError, match="inside the site folder"):
+        write_recipes(site, site / "deploy")
     (site / "supernode" / "endpoint.json").write_text("{}")
     with pytest.raises(ValueError, match="join first"):
         write_recipes(site, out)
