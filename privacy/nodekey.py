@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_public_key,
     load_ssh_private_key,
     load_ssh_public_key,
 )
@@ -58,6 +59,15 @@ def check_node_line(line: str) -> str:
     if _line(key if isinstance(key, ec.EllipticCurvePublicKey) else None) != line:
         raise ValueError("expected one line 'ecdsa-sha2-nistp384 …' without a comment")
     return line
+
+
+def node_line_of_pem(pem: bytes) -> str:
+    """The line of a public key that Flower reports (PEM); empty for whatever is no P-384 key, which is no site's."""
+    try:
+        key = load_pem_public_key(pem)
+        return _line(key if isinstance(key, ec.EllipticCurvePublicKey) else None)
+    except (ValueError, UnsupportedAlgorithm):
+        return ""
 
 
 def node_fingerprint(line: str) -> str:

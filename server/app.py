@@ -15,18 +15,26 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the planned study in the run folder that the run config names; how it ended is in its event file."""
     from server.events import EventLog
+    from server.exchange import StudyStopped
     from server.runfolder import RunFolder
+    from server.runlock import RunLocked, only_coordinator
 
     folder = RunFolder(Path(str(context.run_config["run-dir"])))
     events = EventLog(folder.events)
-    events.write("started")
     try:
-        verdict = run_study(grid, context)
-    except Exception as error:
-        (folder.path / "coordinator.log").write_text(traceback.format_exc(), encoding="utf-8")
-        events.write("failed", reason=str(error)[:500])
-        return
-    events.write("finished", verdict=verdict)
+        with only_coordinator(folder.lock):
+            events.write("started")
+            try:
+                verdict = run_study(grid, context)
+            except StudyStopped as wish:
+                events.write("stopped", reason=str(wish))
+            except Exception as error:
+                (folder.path / "coordinator.log").write_text(traceback.format_exc(), encoding="utf-8")
+                events.write("failed", reason=str(error)[:500])
+            else:
+                events.write("finished", verdict=verdict)
+    except RunLocked as other:
+        events.write("turned-away", reason=str(other))
 
 
 def run_study(grid: Grid, context: Context) -> str:
@@ -37,7 +45,7 @@ def run_study(grid: Grid, context: Context) -> str:
     from server import auditing, description, publishing, stages
     from server.events import EventLog
     from server.runfolder import RunFolder
-    from server.session import gather, open_session
+    from server.session import attend, gather, open_session
 
     folder = RunFolder(Path(str(context.run_config["run-dir"])))
     session = open_session(grid, folder, EventLog(folder.events))
@@ -55,7 +63,7 @@ def run_study(grid: Grid, context: Context) -> str:
     state = stages.prototypes(session, sites, public, model(state), state)
     state = stages.core(session, sites, model(state), state)
 
-    final = model(state)
+    final, sites = model(state), attend(session, sites)
     cohort = publishing.sample(session, final, counts)
     audit = auditing.attack_cohort(session, sites, state, folder.cohort, publishing.outcome_of(session.schema))
     return publishing.publish(session, final, cohort, audit, sites)

@@ -48,6 +48,21 @@ class RunFolder:
         return self.coordinator / "heads.json"
 
     @property
+    def lock(self) -> Path:
+        """Held by the one coordinator that runs the study."""
+        return self.coordinator / "run.lock"
+
+    @property
+    def node_keys(self) -> Path:
+        """Public keys of the sites' SuperNodes; there for a deployed study."""
+        return self.coordinator / "node-keys.json"
+
+    @property
+    def stop_wish(self) -> Path:
+        """There while the operator wants the study to end after the exchange that is under way."""
+        return self.path / "stop"
+
+    @property
     def public_pointer(self) -> Path:
         """A text file naming the folder of the public model (shared between runs)."""
         return self.path / "public-model.txt"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.serverapp import Grid
@@ -17,6 +18,7 @@ from privacy.boundary.signing import verify_plan
 from privacy.identity import IdentityKey
 from privacy.plan import DPPlan
 from server.aggregation import Aggregator, StudyError
+from server.attendance import Attendance
 from server.checkpoints import Checkpoints
 from server.events import EventLog
 from server.exchange import Exchange
@@ -42,6 +44,7 @@ class Session:
     aggregator: Aggregator
     checkpoints: Checkpoints
     events: EventLog
+    attendance: Attendance = field(default_factory=Attendance)
 
     @property
     def public_parts(self) -> tuple[str, ...]:
@@ -67,7 +70,14 @@ def open_session(grid: Grid, folder: RunFolder, events: EventLog) -> Session:
         plan = verify_plan(folder.plan.read_bytes(), signature, key.public)
     except (OSError, ValueError) as error:
         raise StudyError(f"the run folder {folder.path} cannot be opened: {error}") from error
-    exchange = Exchange(grid, config.execution.deadline_s, events)
+    exchange = Exchange(
+        grid,
+        config.execution.deadline_s,
+        events,
+        identities={site: bytes.fromhex(entry.identity_key) for site, entry in plan.roster.items()},
+        node_keys=_node_keys(folder),
+        stopping=folder.stop_wish.exists,
+    )
     return Session(
         folder=folder,
         config=config,
@@ -89,7 +99,25 @@ def gather(session: Session) -> tuple[str, ...]:
     Raises:
         StudyError: fewer sites than the smallest cohort.
     """
-    found = session.exchange.discover(session.plan.study, sorted(session.plan.roster))
+    ready = _admit(session, session.exchange.discover(session.plan.study, sorted(session.plan.roster)))
+    if not ready:
+        raise StudyError(
+            "no site takes part: none answered with an approval of this plan; see the event file for the codes"
+        )
+    return ready
+
+
+def attend(session: Session, sites: Sequence[str]) -> tuple[str, ...]:
+    """``sites``, and those of the plan that were missing and are here now; asked before each round, free while none came."""
+    missing = session.attendance.missing(tuple(session.plan.roster))
+    if back := session.exchange.returned(session.plan.study, missing):
+        joined = _admit(session, back)
+        session.events.write("joined", sites=list(joined))
+    return tuple(sorted({*sites, *session.attendance.late}))
+
+
+def _admit(session: Session, found: Iterable[str]) -> tuple[str, ...]:
+    """Those of ``found`` that approved this very plan, with a ledger that can be believed, and took the public model."""
     sites, known = [], session.aggregator.known_heads
     proposal = PlanProposal(session.plan.canonical(), session.signature)
     for site, reply in session.exchange.ask(dict.fromkeys(found, proposal)).items():
@@ -103,13 +131,17 @@ def gather(session: Session) -> tuple[str, ...]:
         else:
             code = reply.code if isinstance(reply, Refusal) else "NOT_APPROVED"
             session.events.write("sits-out", site=site, code=code)
-    parts = {part.digest: session.read_public_part(part.name) for part in session.plan.public_model}
-    ready = deliver(session, sites, parts)
-    if not ready:
-        raise StudyError(
-            "no site takes part: none answered with an approval of this plan; see the event file for the codes"
-        )
+    ready = deliver(
+        session, sites, {part.digest: session.read_public_part(part.name) for part in session.plan.public_model}
+    )
+    session.attendance.admit(ready)
     return ready
+
+
+def _node_keys(folder: RunFolder) -> dict[str, str]:
+    """Site -> public key of its SuperNode, as enrolled when the run was started; empty for a simulation."""
+    path = folder.node_keys
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def deliver(session: Session, sites: Sequence[str], parts: dict[str, bytes]) -> tuple[str, ...]:

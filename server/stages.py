@@ -19,7 +19,7 @@ from medgen_models.prototypes import factor_of
 from medgen_models.public_model import PublicModel
 from server.aggregation import Ask, GroupSum, RoundSums, StudyError
 from server.planning import CODEC, CORE, MARGINALS, PROTOTYPES, RECENTRE
-from server.session import Session
+from server.session import Session, attend
 from server.study import TrainingConfig
 from server.warmup import PublicPatients, level_shifts, shrink, warm_up
 
@@ -157,6 +157,7 @@ def _train(
             step=session.plan.quantisation.update,
             max_attempts=1 + session.dp.training(stage).spare_rounds,
         )
+        sites = attend(session, sites)
         sums = session.aggregator.run(ask, sites)
         current = apply_change(current, sums.groups, names)
         mean = running_mean(mean, current, [n for m in names.values() for n in m], config.average)
@@ -207,7 +208,7 @@ def query_round(
         step=session.plan.quantisation.statistic,
         max_attempts=1 + session.dp.query(stage).spare_rounds,
     )
-    sums = session.aggregator.run(ask, sites)
+    sums = session.aggregator.run(ask, attend(session, sites))
     found = {name: entry.values for name, entry in sums.groups.items()}
     session.checkpoints.save(stage, 0, found, _facts(sums))
     _report_round(session, stage, 0, 1, sums)

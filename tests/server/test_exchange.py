@@ -5,18 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from privacy.boundary.messages import Capabilities, CapabilitiesRequest, PartQuery, PartsMissing, Refusal, to_bytes
+from privacy.boundary.messages import (
+    Capabilities,
+    CapabilitiesRequest,
+    PartQuery,
+    PartsMissing,
+    Refusal,
+    UnmaskRequest,
+    to_bytes,
+)
 from privacy.boundary.signing import sign_capabilities
 from privacy.identity import IdentityKey, MaskingKey
+from privacy.nodekey import make_node_key, node_public_line
 from server import exchange as module
 from server.events import EventLog
-from server.exchange import BODY, UNAVAILABLE, Exchange
+from server.exchange import BODY, UNAVAILABLE, Exchange, StudyStopped
 from simulations.grid import InProcessGrid
 
 Answer = Callable[[bytes], Any]
@@ -41,28 +52,40 @@ class Grid:
 
     def __init__(self, nodes: dict[int, Answer], slow: int = 0) -> None:
         self.nodes, self.looks_until_nodes = nodes, slow
-        self.timeouts: list[float | None] = []
+        self.lives: list[float] = []
         self.asked: list[int] = []
+        self.replies: dict[str, Message] = {}
+        self.keys: dict[int, bytes] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         self.looks_until_nodes -= 1
         return list(self.nodes) if self.looks_until_nodes < 0 else []
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        self.timeouts.append(timeout)
-        for message in messages:
-            node = message.metadata.dst_node_id
-            self.asked.append(node)
-            body = message.content.config_records[BODY][BODY]
-            assert isinstance(body, bytes)
-            message.metadata.__dict__["_message_id"] = str(node)
-            answer = self.nodes[node](body)
-            if isinstance(answer, Error):
-                yield Message(answer, reply_to=message)
-            elif isinstance(answer, bytes):
-                yield Message(RecordDict({BODY: ConfigRecord({BODY: answer})}), reply_to=message)
-            elif answer is not None:
-                yield Message(answer, reply_to=message)
+    def get_nodes(self) -> Iterable[Any]:
+        return [SimpleNamespace(node_id=node, public_key=self.keys.get(node, b"")) for node in self.get_node_ids()]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return [self.deliver(message) for message in messages]
+
+    def deliver(self, message: Message) -> str:
+        node = message.metadata.dst_node_id
+        self.lives.append(message.metadata.ttl)
+        self.asked.append(node)
+        body = message.content.config_records[BODY][BODY]
+        assert isinstance(body, bytes)
+        name = f"{node}-{len(self.asked)}"
+        message.metadata.__dict__["_message_id"] = name
+        if node not in self.nodes:
+            return ""  # as Flower names a message for a node that was unregistered
+        answer = self.nodes[node](body)
+        if isinstance(answer, bytes):
+            answer = RecordDict({BODY: ConfigRecord({BODY: answer})})
+        if answer is not None:
+            self.replies[name] = Message(answer, reply_to=message)
+        return name
+
+    def pull_messages(self, names: Iterable[str]) -> Iterable[Message]:
+        return [self.replies.pop(name) for name in names if name in self.replies]
 
 
 def site(name: str) -> Answer:
@@ -89,7 +112,7 @@ def test_the_roll_call_maps_names_to_nodes_and_waits_for_slow_starters(events: E
     assert list(found) == ["east", "west"]
     assert exchange.sites == ("east", "west")
     assert grid.asked == [7, 3]  # each node once
-    assert set(grid.timeouts) == {5.0}
+    assert set(grid.lives) == {5.0}  # after the deadline Flower itself drops what is late
     assert next(event for event in events.read() if event["kind"] == "roll-call")["missing"] == []
 
 
@@ -145,11 +168,10 @@ def test_whatever_is_no_reply_is_an_unavailable_site(events: EventLog, answer: A
 
 def test_a_reply_of_a_node_that_was_not_asked_is_dropped(events: EventLog) -> None:
     class Talkative(Grid):
-        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-            yield from super().send_and_receive(messages, timeout=timeout)
+        def pull_messages(self, names: Iterable[str]) -> Iterable[Message]:
             uninvited = Message(RecordDict({BODY: ConfigRecord({BODY: b"x"})}), 9, "query.ask")
-            uninvited.metadata.__dict__["_message_id"] = "9"
-            yield Message(RecordDict({BODY: ConfigRecord({BODY: to_bytes(offer("west"))})}), reply_to=uninvited)
+            uninvited.metadata.__dict__["_src_node_id"] = 4
+            return [uninvited, *super().pull_messages(names)]
 
     exchange = Exchange(Talkative({1: site("east")}), 0.05, events)  # type: ignore[arg-type]
     assert list(exchange.discover("study", ["east", "west"])) == ["east"]
@@ -182,7 +204,7 @@ def test_traffic_is_written_down_by_site_kind_and_size(events: EventLog) -> None
     assert [event["site"] for event in crossed] == ["", "east"]  # at the roll call nobody has a name yet
     assert crossed[1]["bytes_in"] == len(to_bytes(PartQuery(("a" * 64,))))
     assert crossed[1]["bytes_out"] == len(to_bytes(PartsMissing(())))
-    assert set(crossed[1]) == {"time", "kind", "site", "bytes_in", "bytes_out", "reply"}
+    assert set(crossed[1]) == {"time", "kind", "site", "bytes_in", "bytes_out", "reply", "seconds"}
 
 
 def test_nobody_is_asked_for_nothing(events: EventLog) -> None:
@@ -193,3 +215,90 @@ def test_nobody_is_asked_for_nothing(events: EventLog) -> None:
     assert exchange.ask({}) == {}
     assert exchange.ask({"west": PartQuery(())}) == {"west": UNAVAILABLE}
     assert grid.asked == []
+
+
+# -- who a node is -----------------------------------------------------------------------------------------------------
+
+
+def node_key() -> tuple[str, bytes]:
+    """A SuperNode's public key: the line that a site enrols, and the PEM in which Flower reports it."""
+    line = node_public_line(make_node_key())
+    return line, load_ssh_public_key(line.encode()).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def test_where_nodes_sign_in_only_the_enrolled_key_of_a_site_is_that_site(events: EventLog) -> None:
+    """A member that repeats another's capabilities, which are public, is not taken for it; strangers are not even asked."""
+    (east, east_pem), (west, west_pem) = node_key(), node_key()
+    grid = Grid({1: site("east"), 2: site("east"), 3: site("mallory")})
+    grid.keys = {1: west_pem, 2: east_pem, 3: node_key()[1]}
+    exchange = Exchange(grid, 0.05, events, node_keys={"east": east, "west": west})  # type: ignore[arg-type]
+    assert list(exchange.discover("study", ["east", "west"])) == ["east"]
+    assert 3 not in grid.asked
+    grid.asked.clear()
+    exchange.ask({"east": PartQuery(())})
+    assert grid.asked == [2]
+    assert [event["site"] for event in events.read() if event["kind"] == "stranger"] == ["east"]
+
+
+def test_capabilities_signed_by_another_key_than_the_plans_are_no_site(events: EventLog) -> None:
+    exchange = Exchange(Grid({1: site("east")}), 0.05, events, identities={"east": b"\x07" * 32})  # type: ignore[arg-type]
+    assert exchange.discover("study", ["east"]) == {}
+    own = IdentityKey(b"\x01" * 32).public
+    exchange = Exchange(Grid({1: site("east")}), 0.05, events, identities={"east": own})  # type: ignore[arg-type]
+    assert list(exchange.discover("study", ["east"])) == ["east"]
+
+
+# -- coming back -------------------------------------------------------------------------------------------------------
+
+
+def test_a_site_that_was_away_is_found_when_its_node_is_back_and_costs_nothing_before(events: EventLog) -> None:
+    grid = Grid({1: site("east")})
+    exchange = Exchange(grid, 0.05, events)  # type: ignore[arg-type]
+    exchange.discover("study", ["east", "west"])
+    asked = len(grid.asked)
+    assert exchange.returned("study", ["west"]) == {}
+    assert exchange.returned("study", []) == {}
+    assert len(grid.asked) == asked
+    grid.nodes[2] = site("west")
+    assert list(exchange.returned("study", ["west"])) == ["west"]
+    assert exchange.ask({"west": PartQuery(())}) == {"west": PartsMissing(())}
+
+
+def test_a_node_that_refused_is_asked_again_once_it_was_away_and_not_at_every_round(events: EventLog) -> None:
+    grid = Grid({1: site("east"), 2: lambda _: to_bytes(Refusal("SITE_UNAVAILABLE"))})
+    exchange = Exchange(grid, 0.05, events)  # type: ignore[arg-type]
+    exchange.discover("study", ["east", "west"])
+    grid.nodes[2] = site("west")
+    assert exchange.returned("study", ["west"]) == {}
+    del grid.nodes[2]
+    assert exchange.returned("study", ["west"]) == {}
+    grid.nodes[2] = site("west")
+    assert list(exchange.returned("study", ["west"])) == ["west"]
+
+
+# -- ends --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_flower_cannot_reach_is_unavailable_at_once(events: EventLog) -> None:
+    grid = Grid({1: site("east")})
+    exchange = Exchange(grid, 60.0, events)  # type: ignore[arg-type]
+    exchange.discover("study", ["east"])
+    del grid.nodes[1]
+    begin = time.monotonic()
+    assert exchange.ask({"east": PartQuery(())}) == {"east": UNAVAILABLE}
+    assert time.monotonic() - begin < 30.0
+
+
+def test_after_a_wish_to_stop_nothing_new_is_asked_and_what_was_answered_is_still_opened(events: EventLog) -> None:
+    wish = False
+    grid = Grid({1: site("east")})
+    exchange = Exchange(grid, 0.5, events, stopping=lambda: wish)  # type: ignore[arg-type]
+    exchange.discover("study", ["east"])
+    wish = True
+    asked = len(grid.asked)
+    with pytest.raises(StudyStopped):
+        exchange.ask({"east": PartQuery(())})
+    assert len(grid.asked) == asked
+    opening = UnmaskRequest("a" * 64, "core", 0, 0, "b" * 64, ("east",))
+    exchange.ask({"east": opening})
+    assert len(grid.asked) == asked + 1
