@@ -195,11 +195,13 @@ def write_request(site_dir: Path, out: Path) -> EnrolmentRequest:
         if not any((site_dir / "keys" / name).exists() for name in _FILES):
             make_keys(site_dir)
         make_node_key_file(site_dir)
-        made = signed_request(site_dir)
-        fresh = create_durably(out, made.to_bytes(), 0o644)
-        same = fresh or out.read_bytes() == made.to_bytes()
     except OSError as error:
-        raise ValueError(f"{error.filename or out}: {error.strerror}; this user must be able to write there") from error
+        raise ValueError(f"{error.filename}: {error.strerror}; keys are made by the user who owns the site") from error
+    made = signed_request(site_dir)
+    try:
+        same = create_durably(out, made.to_bytes(), 0o644) or out.read_bytes() == made.to_bytes()
+    except OSError as error:
+        raise ValueError(f"{out}: {error.strerror}; name a file in a folder that this user may write") from error
     if not same:
         raise ValueError(f"{out}: another file is there; move it away or name another")
     return made

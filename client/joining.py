@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from client.policy import SiteConfig
 from privacy.boundary.enrolment import Endpoint, Kit
 from privacy.boundary.refusals import Refused
 from privacy.certificates import read_authority
-from privacy.chain import write_durably
+from privacy.chain import sync_folder, write_durably
 from privacy.identity import confirm_fingerprint, fingerprint
 from privacy.nodekey import node_fingerprint
 
@@ -178,16 +179,31 @@ def _check_keys(site_dir: Path, kit: Kit) -> None:
 
 @contextlib.contextmanager
 def _together(files: Mapping[Path, tuple[bytes, int]]) -> Iterator[None]:
-    """Write all files, then run the block; if anything fails, put every file back as it was."""
-    before = {path: path.read_bytes() if path.exists() else None for path in files}
+    """Put all files in place, then run the block; if anything fails, every file is again what it was.
+
+    What needs room comes first; going back is renaming alone, which a full disk allows.
+    """
+    drafts = {path: path.with_name(f".{path.name}.new") for path in files}
+    olds = {path: path.with_name(f".{path.name}.old") for path in files}
     try:
         for path, (data, mode) in files.items():
-            write_durably(path, data, mode)
-        yield
-    except BaseException:
-        for path, old in before.items():
-            if old is None:
-                path.unlink(missing_ok=True)
-            elif path.read_bytes() != old:
-                write_durably(path, old, files[path][1])
-        raise
+            write_durably(drafts[path], data, mode)
+            olds[path].unlink(missing_ok=True)
+            if path.exists():
+                os.link(path, olds[path])
+        try:
+            for path, draft in drafts.items():
+                draft.replace(path)
+            for folder in {path.parent for path in files}:
+                sync_folder(folder)
+            yield
+        except BaseException:
+            for path, old in olds.items():
+                if old.exists():
+                    old.replace(path)
+                else:
+                    path.unlink(missing_ok=True)
+            raise
+    finally:
+        for leftover in (*drafts.values(), *olds.values()):
+            leftover.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ The authority is the site log, so a pin cannot be edited or dropped unseen.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from client.site import SiteConfig
 from privacy.boundary.plan import StudyPlan
 from privacy.boundary.refusals import Refused
 from privacy.identity import fingerprint
+
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,7 @@ def compare(site_dir: Path, site: str, typed: str) -> Pin:
     """Remember a fingerprint that the peer read aloud to a person of this site; it replaces what was remembered.
 
     Raises:
-        ValueError: the name is this site's, or what was typed is no fingerprint.
+        ValueError: the name is this site's or no site's, or what was typed is no fingerprint.
     """
     config = SiteConfig.load(site_dir)
     digits = "".join(typed.split()).lower()
@@ -116,6 +119,8 @@ def compare(site_dir: Path, site: str, typed: str) -> Pin:
         raise ValueError(
             f"fingerprint of {site}: expected 64 hexadecimal digits in groups of four; have it read to you again"
         )
+    if not LABEL.fullmatch(site):
+        raise ValueError(f"{site[:80]!r}: expected a site's name: letters, digits, _ . + -")
     if site == config.site.name:
         raise ValueError(f"{site} is this site; name a peer")
     print_ = " ".join(digits[i : i + 4] for i in range(0, 64, 4))

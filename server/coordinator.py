@@ -17,7 +17,7 @@ import tomli_w
 from cryptography import x509
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from privacy.boundary.enrolment import Host, Port, check_toml
+from privacy.boundary.enrolment import Host, Port, check_plain, check_toml
 from privacy.boundary.plan import Label
 from privacy.chain import ChainFile, sync_folder, write_durably
 from privacy.identity import IdentityKey, fingerprint, write_secret
@@ -268,13 +268,13 @@ def read_policy_template(config: CoordinatorConfig) -> str:
     """What the consortium proposes to its sites; empty without a file.
 
     Raises:
-        ValueError: it is no TOML.
+        ValueError: it is no TOML, or not plain ASCII, or too long.
     """
     path = config.policy_template
     if not path.exists():
         return ""
     try:
-        return check_toml(path.read_text(encoding="utf-8"))
+        return check_toml(check_plain(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}; correct it: it goes into every kit") from error
 

@@ -437,8 +437,8 @@ class Consortium:
         from server.enrolment import enrol
         from server.kit import make_kit
 
-        enrol(self.folder, self.request(site), self.heard(site))
-        return make_kit(self.folder, site.name).to_bytes()
+        member = enrol(self.folder, self.request(site), self.heard(site))
+        return make_kit(self.folder, member.site).to_bytes()
 
     def member(self, name: str) -> Path:
         """A hospital that has joined."""

@@ -27,7 +27,9 @@ from privacy.nodekey import check_node_line
 REQUEST_TYPE = "application/vnd.medgen.enrolment-request+json"
 KIT_TYPE = "application/vnd.medgen.kit+json"
 MAX_FILE_BYTES = 2**20
+MAX_TEXT = 2**14
 
+_PRINTABLE = frozenset(map(chr, range(0x20, 0x7F))) | {"\t", "\n"}
 _HOST_NAME = re.compile(
     r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
 )
@@ -57,12 +59,25 @@ def check_toml(text: str) -> str:
     return text
 
 
+def check_plain(text: str) -> str:
+    """The same text, if it is at most 16 KiB of printable ASCII, tabs and line ends: what a terminal shows as it is.
+
+    Raises:
+        ValueError: it is not.
+    """
+    strange = sorted(set(text) - _PRINTABLE)
+    if strange or len(text) > MAX_TEXT:
+        found = f"the character {strange[0]!r}" if strange else f"{len(text)} characters"
+        raise ValueError(f"expected at most {MAX_TEXT} characters of plain ASCII, got {found}")
+    return text
+
+
 Host = Annotated[str, AfterValidator(check_host)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{4}( [0-9a-f]{4}){15}$")]
 NodeLine = Annotated[str, AfterValidator(check_node_line)]
 Instant = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")]
-Plain = Annotated[str, StringConstraints(pattern=r"^[\t\n\x20-\x7e]*$", max_length=2**14)]
+Plain = Annotated[str, AfterValidator(check_plain)]
 
 
 class _Public(BaseModel):

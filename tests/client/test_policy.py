@@ -75,6 +75,7 @@ def test_the_surface_is_frozen() -> None:
             "deterministic_noise",
             "min_contributors",
             "officer_key",
+            "peers",
             "quiet_hours",
         ],
         "speed": ["chunk", "engine", "threads"],
