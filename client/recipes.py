@@ -20,7 +20,6 @@ from client.site import SiteConfig
 from privacy.chain import write_durably
 
 TEMPLATES = Path(__file__).parent / "deploy"
-RUNTIME_PORT = 9094  # of Flower's Runtime API at a SuperNode, loopback
 OUTBOUND_PORT = 9444
 # These texts are pasted into configurations of five programs, each with its own quoting; plain names need none.
 PLAIN = re.compile(r"[A-Za-z0-9._/:@+-]+")
@@ -32,7 +31,6 @@ def write_recipes(
     *,
     proxy: str = "",
     gpu: bool = False,
-    runtime_port: int = RUNTIME_PORT,
     outbound_port: int = OUTBOUND_PORT,
 ) -> tuple[Path, ...]:
     """Write the recipes of a site that has joined into ``out``, replacing what an earlier call wrote.
@@ -41,15 +39,14 @@ def write_recipes(
         out: a folder that the agent's account cannot write: root's service manager reads it.
         proxy: the hospital's own way out, ``http://host:port``; empty where there is none.
         gpu: the agent may open NVIDIA devices.
-        runtime_port: of Flower's Runtime API; several SuperNodes on one machine need different ones.
         outbound_port: where the outbound proxy listens on loopback.
 
     Returns:
         The files, sorted.
 
     Raises:
-        ValueError: ``site.toml`` does not read, the site has not joined, ``out`` is inside the site folder, or a path or name holds a character that one of the
-            programs would read as more than a name.
+        ValueError: ``site.toml`` does not read, the site has not joined, ``out`` is inside the site folder, or a path or name
+            holds a character that one of the programs would read as more than a name.
     """
     site_dir, out = site_dir.resolve(), out.resolve()
     if out.is_relative_to(site_dir):
@@ -72,7 +69,6 @@ def write_recipes(
         "family": "ip6" if ":" in address else "ip",
         "proxy": proxy,
         "gpu": gpu,
-        "runtime_port": runtime_port,
         "listen": outbound_port,
         "home": "read-only" if _at_home(site_dir, data, out, Path(sys.executable)) else "yes",
         "version": importlib.metadata.version("medgen"),

@@ -24,9 +24,6 @@ def recipes(
     ],
     proxy: Annotated[str, typer.Option(help="The hospital's own way out, http://HOST:PORT, if it has one.")] = "",
     gpu: Annotated[bool, typer.Option("--gpu", help="The agent may open NVIDIA devices.")] = False,
-    runtime_port: Annotated[
-        int, typer.Option(min=1, max=65535, help="Flower's Runtime API on loopback; one per SuperNode of a machine.")
-    ] = 9094,
     outbound_port: Annotated[
         int, typer.Option(min=1, max=65535, help="Where the outbound proxy listens on loopback.")
     ] = 9444,
@@ -39,9 +36,7 @@ def recipes(
 
     console = Console(soft_wrap=True, highlight=False)
     try:
-        written = write_recipes(
-            folder, out, proxy=proxy, gpu=gpu, runtime_port=runtime_port, outbound_port=outbound_port
-        )
+        written = write_recipes(folder, out, proxy=proxy, gpu=gpu, outbound_port=outbound_port)
     except (ValueError, OSError) as error:
         console.print(f"[bold red]refused[/] {escape(str(error))}")
         raise typer.Exit(1) from None

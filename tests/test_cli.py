@@ -45,7 +45,7 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "site join": ("folder", "kit", "--fingerprint"),
     "site peers": ("folder", "site", "--fingerprint"),
     "site check": ("folder", "--schema"),
-    "site recipes": ("folder", "--out", "--proxy", "--gpu", "--runtime-port", "--outbound-port"),
+    "site recipes": ("folder", "--out", "--proxy", "--gpu", "--outbound-port"),
     "site withdraw": ("folder", "patient", "--list"),
     "site ledger show": ("folder",),
     "site ledger verify": ("folder", "--head"),
