@@ -14,6 +14,7 @@ from rich.table import Table
 
 from client import policy, site_log
 from client.approvals import make_approver_key, missing, signatures
+from client.peers import Pin, pins
 from client.plan_reading import before, changes, find, groups, outside, steps
 from client.site import SiteConfig
 from privacy.book import Head
@@ -181,11 +182,11 @@ def _print_spending(console: Console, config: SiteConfig, plan: StudyPlan, promi
 
 def _print_roster(console: Console, config: SiteConfig, plan: StudyPlan) -> None:
     _heading(console, "Who takes part")
-    table = Table("site", "slots", "patients", "held out", "identity", "masking key")
+    table = Table("site", "known here", "slots", "patients", "held out", "identity", "masking key")
     for site, entry in sorted(plan.roster.items()):
-        mine = "  (you)" if site == config.site.name else ""
         table.add_row(
-            f"{site}{mine}",
+            site,
+            "(you)" if site == config.site.name else _known(pins(config).get(site), _fingerprint(entry.identity_key)),
             ", ".join(entry.slots),
             str(entry.n_decl),
             str(entry.held_out_decl),
@@ -193,6 +194,15 @@ def _print_roster(console: Console, config: SiteConfig, plan: StudyPlan) -> None
             _fingerprint(entry.masking_key)[:19] + "…",
         )
     console.print(table)
+
+
+def _known(pin: Pin | None, print_: str) -> str:
+    """How a peer's identity in the plan stands to what this site remembers of it."""
+    if pin is None:
+        return "[bold]new: compare its fingerprint[/]"
+    if pin.fingerprint != print_:
+        return "[bold red]by ANOTHER key[/]"
+    return "compared by telephone" if pin.compared else f"since {pin.since[:10]}, not compared"
 
 
 def _print_changes(console: Console, config: SiteConfig, plan: StudyPlan) -> None:

@@ -15,7 +15,9 @@ import dataclasses
 import functools
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -456,3 +458,61 @@ def consortium(tmp_path: Path) -> Consortium:
 
     make_coordinator(tmp_path / "coordinator", host="localhost", port=9443, name="demo")
     return Consortium(tmp_path / "coordinator")
+
+
+# Looks like Flower's server from outside: its name, its options, its sockets, and what it answers.
+STAND_IN = """
+import email.utils, http.server, os, ssl, sys, time
+
+def option(name):
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else None
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def answer(self):
+        self.send_response(int(os.environ["ANSWER"]))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    do_GET = do_POST = answer
+    def date_time_string(self, timestamp=None):
+        return email.utils.formatdate(time.time() + float(os.environ.get("SKEW_S", "0")), usegmt=True)
+    def log_message(self, *_):
+        pass
+
+class Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, *_):
+        pass
+
+server = Server((option("--host"), int(option("--port"))), Answers)
+if option("--ssl-certfile"):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(option("--ssl-certfile"), option("--ssl-keyfile"))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+print("ready", flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """``stand_in(name, port, *options, answer=404, **environment)``: a stand-in process; returns its pid."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(name: str, port: int, *options: str, host: str = "127.0.0.1", answer: int = 404, **variables: str) -> int:
+        script = tmp_path / "bin" / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(STAND_IN)
+        process = subprocess.Popen(
+            [sys.executable, str(script), "--host", host, "--port", str(port), *options],
+            env={"ANSWER": str(answer), **variables},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process.pid
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()

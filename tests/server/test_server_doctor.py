@@ -7,9 +7,8 @@ import datetime
 import json
 import sqlite3
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,37 +22,6 @@ from privacy.posture import Check
 from server import doctor, enrolment, processes
 from server.coordinator import CoordinatorConfig, make_coordinator
 from server.doctor import Scene, examine, superlinks
-
-# Looks like Flower's server from outside: its name, its options, its sockets, and what it answers.
-STAND_IN = """
-import email.utils, http.server, os, ssl, sys, time
-
-def option(name):
-    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else None
-
-class Answers(http.server.BaseHTTPRequestHandler):
-    def answer(self):
-        self.send_response(int(os.environ["ANSWER"]))
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-    do_GET = do_POST = answer
-    def date_time_string(self, timestamp=None):
-        return email.utils.formatdate(time.time() + float(os.environ.get("SKEW_S", "0")), usegmt=True)
-    def log_message(self, *_):
-        pass
-
-class Server(http.server.ThreadingHTTPServer):
-    def handle_error(self, *_):
-        pass
-
-server = Server((option("--host"), int(option("--port"))), Answers)
-if option("--ssl-certfile"):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(option("--ssl-certfile"), option("--ssl-keyfile"))
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-print("ready", flush=True)
-server.serve_forever()
-"""
 
 Serve = Callable[..., int]
 
@@ -72,32 +40,6 @@ def config(made: Path, tmp_path: Path) -> CoordinatorConfig:
     folder = tmp_path / "coord"
     subprocess.run(["cp", "-a", str(made), str(folder)], check=True)
     return CoordinatorConfig.load(folder)
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    """``serve(name, port, *options, answer=404, **environment)``: a stand-in process; returns its pid."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(name: str, port: int, *options: str, host: str = "127.0.0.1", answer: int = 404, **variables: str) -> int:
-        script = tmp_path / "bin" / name
-        script.parent.mkdir(exist_ok=True)
-        script.write_text(STAND_IN)
-        process = subprocess.Popen(
-            [sys.executable, str(script), "--host", host, "--port", str(port), *options],
-            env={"ANSWER": str(answer), **variables},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        return process.pid
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 def tls(config: CoordinatorConfig) -> tuple[str, ...]:
@@ -266,8 +208,8 @@ LINK_CHECKS = (
 )
 
 
-def test_a_superlink_as_it_should_be(config: CoordinatorConfig, serve: Serve) -> None:
-    serve("flower-superlink", config.superlink_port, *good(config), **home(config))
+def test_a_superlink_as_it_should_be(config: CoordinatorConfig, stand_in: Serve) -> None:
+    stand_in("flower-superlink", config.superlink_port, *good(config), **home(config))
     for check in LINK_CHECKS:
         assert look(check, config).status == "ok", look(check, config)
     assert look(doctor.superlink, config).status in ("ok", "warn")  # warn: the test runs as root
@@ -291,7 +233,7 @@ def test_a_superlink_as_it_should_be(config: CoordinatorConfig, serve: Serve) ->
 )
 def test_a_superlink_started_wrongly(
     config: CoordinatorConfig,
-    serve: Serve,
+    stand_in: Serve,
     check: Callable[[Scene], Check],
     left_out: tuple[str, ...],
     extra: tuple[str, ...],
@@ -299,17 +241,17 @@ def test_a_superlink_started_wrongly(
 ) -> None:
     """One switch is wrong; its check fails and no other does."""
     words = good(config, *left_out)
-    serve("flower-superlink", config.superlink_port, *words, *extra, **home(config, **variables))
+    stand_in("flower-superlink", config.superlink_port, *words, *extra, **home(config, **variables))
     for other in LINK_CHECKS:
         found = look(other, config)
         assert found.status == ("fail" if other is check else "ok"), found
 
 
 def test_a_superlink_that_listens_to_everybody(
-    config: CoordinatorConfig, serve: Serve, monkeypatch: pytest.MonkeyPatch
+    config: CoordinatorConfig, stand_in: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another address of the loopback stands for one by which others reach the machine."""
-    serve("flower-superlink", config.superlink_port, *good(config), host="0.0.0.0", answer=415, **home(config))
+    stand_in("flower-superlink", config.superlink_port, *good(config), host="0.0.0.0", answer=415, **home(config))
     found = look(doctor.sockets, config)
     assert found.status == "fail"
     assert f"0.0.0.0:{config.superlink_port}" in found.found
@@ -320,31 +262,31 @@ def test_a_superlink_that_listens_to_everybody(
 
 
 def test_an_open_control_path_in_plain(
-    config: CoordinatorConfig, serve: Serve, monkeypatch: pytest.MonkeyPatch
+    config: CoordinatorConfig, stand_in: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(posture, "own_addresses", lambda: ("127.0.0.2",))
     assert look(doctor.control_from_outside, config).status == "ok"
-    serve("something-else", config.superlink_port, host="127.0.0.2", answer=200)
+    stand_in("something-else", config.superlink_port, host="127.0.0.2", answer=200)
     assert look(doctor.control_from_outside, config).status == "fail"
 
 
-def test_a_superlink_of_somebody_else_is_not_looked_at(config: CoordinatorConfig, serve: Serve) -> None:
-    serve("flower-superlink", processes.free_port(), "--insecure", FLWR_HOME="/somewhere/else")
+def test_a_superlink_of_somebody_else_is_not_looked_at(config: CoordinatorConfig, stand_in: Serve) -> None:
+    stand_in("flower-superlink", processes.free_port(), "--insecure", FLWR_HOME="/somewhere/else")
     assert superlinks(config) == ()
 
 
-def test_two_superlinks_over_one_home(config: CoordinatorConfig, serve: Serve) -> None:
+def test_two_superlinks_over_one_home(config: CoordinatorConfig, stand_in: Serve) -> None:
     for port in (config.superlink_port, processes.free_port()):
-        serve("flower-superlink", port, *good(config), **home(config))
+        stand_in("flower-superlink", port, *good(config), **home(config))
     found = look(doctor.superlink, config)
     assert found.status == "fail"
     assert "claim one home" in found.found
 
 
 def test_a_superlink_of_another_installation(
-    config: CoordinatorConfig, serve: Serve, monkeypatch: pytest.MonkeyPatch
+    config: CoordinatorConfig, stand_in: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve("flower-superlink", config.superlink_port, *good(config), **home(config))
+    stand_in("flower-superlink", config.superlink_port, *good(config), **home(config))
     monkeypatch.setattr(doctor.sys, "prefix", "/opt/other")
     assert "this medgen lives in /opt/other" in look(doctor.superlink, config).found
 
@@ -358,36 +300,36 @@ def test_what_cannot_be_looked_at_is_a_warning(config: CoordinatorConfig) -> Non
 # -- what sites dial ---------------------------------------------------------------------------------------------------
 
 
-def test_a_proxy_as_it_should_be(config: CoordinatorConfig, serve: Serve) -> None:
-    serve("proxy", config.port, *tls(config), answer=404)
+def test_a_proxy_as_it_should_be(config: CoordinatorConfig, stand_in: Serve) -> None:
+    stand_in("proxy", config.port, *tls(config), answer=404)
     for check in (doctor.proxy, doctor.endpoint, doctor.clock):
         assert look(check, config).status == "ok", look(check, config)
 
 
 @pytest.mark.parametrize("answer", [200, 401, 405, 415, 422])
-def test_a_proxy_that_passes_everything_on(config: CoordinatorConfig, serve: Serve, answer: int) -> None:
-    serve("proxy", config.port, *tls(config), answer=answer)
+def test_a_proxy_that_passes_everything_on(config: CoordinatorConfig, stand_in: Serve, answer: int) -> None:
+    stand_in("proxy", config.port, *tls(config), answer=answer)
     found = look(doctor.proxy, config)
     assert found.status == "fail"
     assert f"/v1/control/list-runs is answered ({answer})" in found.found
 
 
-def test_a_proxy_without_tls(config: CoordinatorConfig, serve: Serve) -> None:
-    serve("proxy", config.port, answer=404)
+def test_a_proxy_without_tls(config: CoordinatorConfig, stand_in: Serve) -> None:
+    stand_in("proxy", config.port, answer=404)
     assert "answers plain HTTP" in look(doctor.endpoint, config).found
 
 
-def test_a_proxy_with_another_certificate(config: CoordinatorConfig, serve: Serve, tmp_path: Path) -> None:
+def test_a_proxy_with_another_certificate(config: CoordinatorConfig, stand_in: Serve, tmp_path: Path) -> None:
     other = make_coordinator(tmp_path / "other", host="localhost", port=1443)
-    serve("proxy", config.port, *tls(other))
+    stand_in("proxy", config.port, *tls(other))
     found = look(doctor.endpoint, config)
     assert found.status == "fail"
     assert "certificate is not taken" in found.found
 
 
 @pytest.mark.parametrize("skew_s", [-90, 90])
-def test_a_clock_that_is_off(config: CoordinatorConfig, serve: Serve, skew_s: int) -> None:
-    serve("proxy", config.port, *tls(config), SKEW_S=str(skew_s))
+def test_a_clock_that_is_off(config: CoordinatorConfig, stand_in: Serve, skew_s: int) -> None:
+    stand_in("proxy", config.port, *tls(config), SKEW_S=str(skew_s))
     found = look(doctor.clock, config)
     assert found.status == "fail"
     assert ("behind" if skew_s > 0 else "ahead of") in found.found
