@@ -1,5 +1,4 @@
-"""The trusted site agent: the only code that opens data, keys and ledger. Bytes in, bytes out, no state but the folder
-(and what a daemon keeps of it in memory, see :mod:`client.memory`).
+"""The trusted site agent: the only code that opens data, keys and ledger. Bytes in, bytes out, no state but the folder.
 
 Every request is checked against the site's own policy before a record is opened; every answer is on disk before its
 first byte leaves; whatever goes wrong is written to the site's own log and leaves as a code.
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client import enrolment, policy
+from client.approvals import note_refusal
 from client.halt import refuse_if_stopped
 from client.hours import quiet
 from client.memory import Memory
@@ -71,12 +71,15 @@ class SiteAgent:
 
     def handle(self, request: bytes) -> bytes:
         """Answer one request; never raises for anything that a request or a record can cause."""
+        parsed: Request | None = None
         try:
             refuse_if_stopped(self._folder)
-            answer = self._answer(cast(Request, parse_as(request, REQUESTS)))
+            parsed = cast(Request, parse_as(request, REQUESTS))
+            answer = self._answer(parsed)
             refuse_if_stopped(self._folder)  # stopped meanwhile: what is stored stays here
         except Refused as refusal:
             self._note(f"refused {refusal}")
+            note_refusal(self._folder, type(parsed).__name__ if parsed else "unread", _about(parsed), refusal)
             return to_bytes(Refusal(refusal.code))
         except Exception:  # the wall: the text stays in the site's own log
             self._note(traceback.format_exc())
@@ -226,6 +229,17 @@ def task_cohorts(plan: StudyPlan, stage: str, digest: str, invited: tuple[str, .
         for name in plan.asked(stage, invited)
         if plan.exchange(name) == "masked"
     ]
+
+
+def _about(request: Request | None) -> str:
+    """The hash of the plan that a request names; empty if it names none."""
+    match request:
+        case PlanProposal(plan, _):
+            return plan_hash(plan)
+        case RoundTask() | UnmaskRequest():
+            return request.plan_hash
+        case _:
+            return ""
 
 
 def _hardware() -> str:

@@ -67,9 +67,8 @@ def _talk(method: str, path: Path, place: str, body: bytes | None, wait_s: float
             method, place, body, {"Content-Type": "application/octet-stream"} if body is not None else {}
         )
         response = connection.getresponse()
-        answer = response.read(_MOST_ANSWER_BYTES)
-        if response.status != 200 or not answer:
-            raise http.client.HTTPException(f"status {response.status}")
-        return answer
+        if response.status != 200 or not response.length or response.length > _MOST_ANSWER_BYTES:
+            raise http.client.HTTPException(f"status {response.status}, {response.length} bytes")
+        return response.read()  # all of them, or an error
     finally:
         connection.close()

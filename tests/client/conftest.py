@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -359,3 +360,25 @@ def spy(_interpreter_events: None, monkeypatch: pytest.MonkeyPatch, study: Any) 
     _SPIES.append(found)
     yield found
     _SPIES.remove(found)
+
+
+# -- agents as processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def agent_process() -> Iterator[Callable[[Path], int]]:
+    """``agent_process(folder)``: start the real agent of a site folder; whatever was started is ended by its number."""
+    from client.control import start_agent
+    from client.rundir import holder
+
+    folders: list[Path] = []
+
+    def start(folder: Path) -> int:
+        folders.append(folder)
+        return start_agent(folder)
+
+    yield start
+    for folder in folders:
+        if (pid := holder(folder / "run")) is not None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
