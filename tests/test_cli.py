@@ -44,6 +44,17 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "site request": ("folder", "--out", "--fresh-keys"),
     "site join": ("folder", "kit", "--fingerprint"),
     "site peers": ("folder", "site", "--fingerprint"),
+    "site pending": ("folder", "--all"),
+    "site show": ("folder", "plan"),
+    "site approve": ("folder", "plan", "--by", "--key"),
+    "site reject": ("folder", "plan", "--by", "--reason"),
+    "site approver-key": ("file",),
+    "site log show": ("folder", "--export", "--after"),
+    "site log verify": ("folder", "--head"),
+    "site doctor": ("folder", "--json"),
+    "site start": ("folder", "--foreground", "--clear-stop"),
+    "site stop": ("folder", "--wait-s", "--emergency", "--reason"),
+    "site status": ("folder",),
     "site check": ("folder", "--schema"),
     "site recipes": ("folder", "--out", "--proxy", "--gpu", "--outbound-port"),
     "site withdraw": ("folder", "patient", "--list"),
@@ -59,6 +70,7 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "server kit": ("folder", "site", "--out"),
     "server revoke": ("folder", "site", "--reason"),
     "server roster": ("folder",),
+    "server doctor": ("folder", "--json"),
     "release verify": ("bundle", "--key"),
     "audit report": ("run", "--out"),
 }
@@ -100,7 +112,7 @@ def test_switches_and_defaults_are_frozen() -> None:
     assert simulate["--set"].multiple  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["", "site", "site ledger", "release", "audit", *SURFACE])
+@pytest.mark.parametrize("name", ["", "site", "site ledger", "site log", "release", "audit", *SURFACE])
 def test_every_command_says_what_it_does(name: str) -> None:
     result = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "120", "TERM": "dumb"})
     assert result.exit_code == 0
@@ -110,7 +122,7 @@ def test_every_command_says_what_it_does(name: str) -> None:
 
 def test_help_imports_no_torch_and_no_flower() -> None:
     """All of ``--help`` in one fresh process, then a look at what it had to import for that."""
-    names = ["", "site", "site ledger", "release", "audit", *SURFACE]
+    names = ["", "site", "site ledger", "site log", "release", "audit", *SURFACE]
     script = f"""
 import json, sys
 from typer.testing import CliRunner

@@ -484,3 +484,19 @@ def test_a_canonical_signature_payload_is_frozen(two: Path, wall_propose: Propos
         "application/vnd.medgen.site-approval+json",
         payload,
     )
+
+
+def test_what_the_agent_refuses_is_in_the_site_log(wall_site: Path, wall_propose: Propose) -> None:
+    """By its code alone: a proposal by a stranger, and bytes that are no message."""
+    from client.agent import SiteAgent
+    from privacy.boundary.messages import Refusal, parse_as, to_bytes
+
+    stranger = wall_propose(key=IdentityKey(b"\x66" * 32))
+    for request, code in ((to_bytes(stranger), "BAD_SIGNATURE"), (b"sub-0042", "BAD_MESSAGE")):
+        assert parse_as(SiteAgent(wall_site).handle(request), Refusal).code == code
+    log = SiteConfig.load(wall_site).log()
+    assert [link.data() for link in log.read()] == [
+        {"what": "PlanProposal", "plan_hash": "", "code": "BAD_SIGNATURE"},
+        {"what": "unread", "plan_hash": "", "code": "BAD_MESSAGE"},
+    ]
+    assert b"0042" not in log.path.read_bytes()
