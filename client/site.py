@@ -187,7 +187,7 @@ class SiteConfig(_Frozen):
         try:
             tables = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"{path}: there is no such file; the hospital guide shows one") from None
+            raise ValueError(f"{path}: there is no such file; `medgen site init` makes a site") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: it is no TOML file: {error}") from error
         except OSError as error:
