@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,8 +49,10 @@ def answer(study: Any, request: Any) -> Any:
     return from_bytes(SiteAgent(study.site(SITE)).handle(to_bytes(request)))
 
 
-def log(site: Path) -> list[tuple[str, dict[str, Any]]]:
-    return [(link.kind, link.data()) for link in ChainFile(site / "site.log.jsonl").read()]
+def stops(site: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Entries of the site log about emergency stops."""
+    links = ChainFile(site / "site.log.jsonl").read()
+    return [(link.kind, link.data()) for link in links if link.kind.startswith("emergency-stop")]
 
 
 # -- the emergency stop is policy --------------------------------------------------------------------------------------
@@ -58,7 +62,7 @@ def test_a_stopped_site_answers_nothing_and_goes_on_where_it_was(study: Any) -> 
     site = study.site(SITE)
     study.deliver(SITE)
     assert isinstance(answer(study, study.task()), MaskedAnswer)
-    rows, entries = study.kinds(SITE), len(log(site))
+    rows = study.kinds(SITE)
     assert control.emergency_stop(site, "the officer called", "A. Officer") is None  # no process to kill
     every = (
         CapabilitiesRequest("tiny"),
@@ -75,10 +79,9 @@ def test_a_stopped_site_answers_nothing_and_goes_on_where_it_was(study: Any) -> 
     assert (lifted.by, lifted.reason) == ("B. Officer", "again")
     assert control.lift_stop(site, "C. Officer") is None
     assert isinstance(answer(study, study.task()), MaskedAnswer)
-    stops = log(site)[entries:]
-    assert [kind for kind, _ in stops] == ["emergency-stop", "emergency-stop", "emergency-stop-cleared"]
-    assert stops[0][1] == {"by": "A. Officer", "reason": "the officer called"}
-    assert stops[2][1]["by"] == "C. Officer"
+    first, _, cleared = stops(site)
+    assert first == ("emergency-stop", {"by": "A. Officer", "reason": "the officer called"})
+    assert (cleared[0], cleared[1]["by"]) == ("emergency-stop-cleared", "C. Officer")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"by": 1}'])
@@ -217,7 +220,7 @@ def test_the_running_task_of_a_real_agent_is_killed(study: Any, agent_process: C
             os.kill(left, signal.SIGKILL)
     assert cli("stop", site) == (0, "no agent serves this folder\n")
     assert cli("status", site)[0] == 1
-    assert [kind for kind, _ in log(site)][-2:] == ["emergency-stop", "emergency-stop-cleared"]
+    assert [kind for kind, _ in stops(site)] == ["emergency-stop", "emergency-stop-cleared"]
 
 
 def test_a_file_alone_ends_an_agent_that_works(tmp_path: Path) -> None:
@@ -353,6 +356,48 @@ def test_modes_of_a_tight_folder_and_of_each_thing_that_is_too_wide(wall_site: P
         assert "the SuperNode's group at the records" in problem
 
 
+OTHER_ACCOUNT = """
+import os, socket, sys
+site = sys.argv[1]
+for name in ("", "run", "data", "keys", "state", "outbox"):
+    try: print("listed", name, os.listdir(f"{site}/{name}")) if name != "run" else None
+    except PermissionError: pass
+for name in ("site.toml", "keys/identity.key", "ledger.sqlite", "run/agent.pid", "data/participants.tsv", "site.log.jsonl"):
+    try: print("opened", open(f"{site}/{name}", "rb").name)
+    except PermissionError: pass
+try: open(f"{site}/run/mine", "w"); print("wrote run/mine")
+except PermissionError: pass
+with socket.socket(socket.AF_UNIX) as door:
+    try: door.connect(f"{site}/run/agent.sock"); print("the socket")
+    except PermissionError: print("nothing")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another account")
+def test_the_supernodes_account_opens_the_socket_and_nothing_else(study: Any) -> None:
+    python = shutil.which("python3", path="/usr/bin:/bin")
+    if python is None:
+        pytest.skip("no interpreter that other accounts may start")
+    group, inside, stranger = 4100, 4102, 4103
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="medgen-") as place:
+        site = Path(shutil.copytree(study.site(SITE), Path(place) / "site"))
+        Path(place).chmod(0o711)
+        run = run_folder(site)
+        os.chown(site, -1, group)
+        os.chown(run, -1, group)
+        site.chmod(0o710)
+        for tight in (site / "site.toml", site / "data"):
+            tight.chmod(0o600 if tight.is_file() else 0o700)
+        with sole_agent(run), bind(run / "agent.sock"):
+            assert control.check_modes(site) == ()
+            for account, member, expected in ((inside, group, "the socket"), (stranger, stranger, "nothing")):
+                words = [python, "-I", "-c", OTHER_ACCOUNT, str(site)]
+                done = subprocess.run(
+                    words, user=account, group=member, extra_groups=[], cwd="/", capture_output=True, text=True
+                )
+                assert (done.returncode, done.stdout, done.stderr) == (0, f"{expected}\n", ""), account
+
+
 def test_a_folder_that_was_never_started_has_a_status(wall_site: Path) -> None:
     status = control.agent_status(wall_site)
     assert (status.pid, status.answers, status.stop) == (None, False, None)
@@ -380,6 +425,24 @@ def test_status_of_an_agent_that_talks(wall_site: Path) -> None:
 def test_an_emergency_needs_its_reason_and_only_it(tmp_path: Path, words: tuple[str, ...]) -> None:
     assert cli(words[0], tmp_path, *words[1:])[0] == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_in_the_foreground_it_is_the_process_that_was_started(study: Any) -> None:
+    """As a service manager wants it: one process, no child, and status 0 after SIGTERM."""
+    site = study.site(SITE)
+    command = [sys.executable, "-m", "medgen", "site", "start", str(site), "--foreground"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            end = time.monotonic() + 60
+            while not (status := control.agent_status(site)).answers:
+                assert process.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            assert status.pid == process.pid
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+    assert not (site / "run" / "agent.sock").exists()
 
 
 def test_a_folder_without_a_site_file_is_refused(tmp_path: Path) -> None:
