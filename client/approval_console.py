@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from client import policy, site_log
 from client.approvals import make_approver_key, missing, signatures
@@ -182,7 +182,15 @@ def _print_spending(console: Console, config: SiteConfig, plan: StudyPlan, promi
 
 def _print_roster(console: Console, config: SiteConfig, plan: StudyPlan) -> None:
     _heading(console, "Who takes part")
-    table = Table("site", "known here", "slots", "patients", "held out", "identity", "masking key")
+    table = Table(
+        "site",
+        "known here",
+        "slots",
+        "patients",
+        "held out",
+        Column("identity, to be compared", no_wrap=True),
+        "masking key",
+    )
     for site, entry in sorted(plan.roster.items()):
         table.add_row(
             site,
@@ -190,7 +198,7 @@ def _print_roster(console: Console, config: SiteConfig, plan: StudyPlan) -> None
             ", ".join(entry.slots),
             str(entry.n_decl),
             str(entry.held_out_decl),
-            _fingerprint(entry.identity_key)[:19] + "…",
+            "\n".join(_fingerprint(entry.identity_key)[place : place + 19] for place in range(0, 79, 20)),
             _fingerprint(entry.masking_key)[:19] + "…",
         )
     console.print(table)

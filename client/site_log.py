@@ -18,7 +18,10 @@ from privacy.chain import GENESIS, Link
 APP_NAME = "medgen-site"
 FACILITY = 13  # log audit (RFC 5424, table 1)
 NOTICE, WARNING = 5, 4  # severities (RFC 5424, table 2)
-FIELDS = ("plan_hash", "study", "by", "os_user", "code", "what", "key")
+FIELDS = (
+    *("plan_hash", "study", "by", "os_user", "code", "what", "key", "ledger"),
+    *("consortium", "coordinator", "endpoint", "kit", "fingerprint"),
+)
 """The fields of an event that are exported; anything else of a link, now or later, is not."""
 
 
@@ -68,6 +71,7 @@ def _event(config: SiteConfig, link: Link, host: str) -> dict[str, Any]:
             "site": config.site.name,
             "seq": link.seq,
             "hash": link.hash,
+            **({"peer": entry["site"]} if link.kind == "peer" else {}),
             **{name: entry[name] for name in FIELDS if isinstance(entry.get(name), str) and entry[name]},
         },
     }

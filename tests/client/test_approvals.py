@@ -444,8 +444,23 @@ def test_the_export_is_one_json_event_a_line_without_what_people_typed_as_reason
     assert event["priority"] == event["facility"] * 8 + event["severity"]
     assert event["structured_data"]["plan_hash"] == name
     assert event["structured_data"]["by"] == ADA
-    allowed = {"site", "seq", "hash", "plan_hash", "study", "by", "os_user", "code", "what", "key"}
-    assert all(set(line["structured_data"]) <= allowed for line in lines)
+    assert set(event["structured_data"]) == {"site", "seq", "hash", "plan_hash", "study", "by", "os_user"}
+
+
+def test_the_fields_that_are_exported_are_frozen(wall_site: Path) -> None:
+    """A link of a kind to come, with whatever in it: nothing beyond the list leaves."""
+    from client.site_log import FIELDS
+
+    log = SiteConfig.load(wall_site).log()
+    log.append("peer", {"site": "east", "fingerprint": "00", "note": "sub-0042"})
+    log.append("later", {name: name for name in FIELDS} | {"reason": "sub-0042", "patient": "sub-0042", "count": 7})
+    result = CliRunner().invoke(app, ["site", "log", "show", str(wall_site), "--export"])
+    peer, later = (json.loads(line)["structured_data"] for line in result.output.splitlines())
+    assert peer.keys() == {"site", "seq", "hash", "peer", "fingerprint"}
+    assert (peer["site"], peer["peer"]) == ("north", "east")
+    fields = "plan_hash study by os_user code what key ledger consortium coordinator endpoint kit fingerprint"
+    assert later.keys() == {"site", "seq", "hash", *fields.split()}
+    assert "0042" not in result.output
 
 
 def test_refusals_to_a_coordinator_are_logged_once_a_day_and_without_detail(
