@@ -16,7 +16,12 @@ def add(app: typer.Typer) -> None:
     """Define the command on ``medgen site``."""
 
     @app.command()
-    def connect(folder: Folder) -> None:
+    def connect(
+        folder: Folder,
+        outbound: Annotated[
+            int, typer.Option(min=0, max=65535, help="Port of the site's outbound proxy, for mutual TLS; 0 for none.")
+        ] = 0,
+    ) -> None:
         """Run Flower's SuperNode with the joined kit, in the foreground; Ctrl-C or SIGTERM ends it with all it started.
 
         It may run under an account of its own that reads supernode/ and reaches the agent's socket, and nothing else. While
@@ -24,4 +29,4 @@ def add(app: typer.Typer) -> None:
         """
         from client.connect_console import print_connection
 
-        raise typer.Exit(print_connection(folder))
+        raise typer.Exit(print_connection(folder, outbound))

@@ -11,6 +11,7 @@ are weights and masked sums, never records, and the agent does nothing that its 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import signal
@@ -44,6 +45,15 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 STEADY_S = 120.0  # who ran for so long begins again with the shortest wait
 END_S = 15.0
 
+# Flower 1.41's command stays behind when its connection has given up (a TLS handshake that was ended, an answer that it does not
+# expect): its web server goes on, and nothing is asked any more. Here the process ends with the connection.
+LAUNCH = (
+    "import os, sys; from flwr.supernode.cli.flower_supernode import flower_supernode as run; "
+    "del sys.argv[0]; run(); os._exit(75)"
+)
+GAVE_UP = 75
+LOOPBACK_CERTIFICATE = Path("supernode") / "loopback.crt"
+
 Say = Callable[[str], None]
 
 
@@ -51,13 +61,20 @@ class WrongCertificate(ValueError):
     """Whoever answers at the endpoint is not the coordinator that this site joined, or its certificate has expired."""
 
 
-def connect(site_dir: Path, say: Say) -> None:
+def connect(site_dir: Path, say: Say, outbound: int = 0) -> None:
     """Keep a SuperNode of this site running until SIGTERM or SIGINT; says what happens, each thing once.
+
+    Args:
+        outbound: port on loopback of the site's outbound proxy (``medgen site recipes``), which stands between; 0 for none.
 
     Raises:
         ValueError: the site has not joined, its key does not read, or the certificate is wrong at the first attempt.
     """
     link = uplink(site_dir)
+    if outbound:
+        link = dataclasses.replace(link, host="localhost", port=outbound, authority=site_dir / LOOPBACK_CERTIFICATE)
+        if not link.authority.is_file():
+            raise ValueError(f"{link.authority}: it is not there; certificates.sh of `medgen site recipes` makes it")
     try:
         key = node_public_line(link.key.read_bytes())
     except OSError as error:
@@ -172,8 +189,10 @@ def _follow(process: subprocess.Popen[str], link: Uplink, tail: deque[str], say:
 def _why(link: Uplink, key: str, tail: deque[str], code: int) -> str:
     """Why a SuperNode ended, as far as its last words tell."""
     words = "\n".join(tail)
+    if code == GAVE_UP:
+        return f"{link.host}:{link.port}: the SuperNode gave the connection up; starting it again. Its last words:\n{words}"
     lower = words.lower()
-    if "401" in words or "unauthorized" in lower or "authenticat" in lower or "not found" in lower or "node" in lower:
+    if any(sign in lower for sign in ("no supernode found", "unauthorized", "authentication", " 401")):
         return (
             f"{link.host}:{link.port} does not let this site sign in. Its key is {node_fingerprint(key)}; the coordinator must "
             "have enrolled it (`medgen server roster`), not revoked it, and brought its SuperLink up to date "
@@ -189,7 +208,11 @@ def _command(link: Uplink, agent: Path) -> list[str]:
         port = probe.getsockname()[1]
     host = f"[{link.host}]" if ":" in link.host else link.host
     return [
-        str(Path(sys.executable).with_name("flower-supernode")),
+        sys.executable,
+        "-P",
+        "-c",
+        LAUNCH,
+        "flower-supernode",  # its name, for Flower itself and for whoever looks at the list of processes
         "--superlink",
         f"{host}:{link.port}",
         "--root-certificates",

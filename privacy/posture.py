@@ -221,7 +221,7 @@ def processes(tool: str) -> tuple[Process, ...]:
     for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         with contextlib.suppress(OSError):
             words = tuple(os.fsdecode(word) for word in (folder / "cmdline").read_bytes().split(b"\0")[:-1])
-            if any(Path(word).name == tool for word in words[:3]):
+            if any(Path(word).name == tool for word in words[:5]):  # python -P -c PROGRAM NAME
                 found.append(Process(int(folder.name), words, folder.stat().st_uid, _environment(folder)))
     return tuple(found)
 

@@ -1,0 +1,97 @@
+"""A SuperNode whose connection has given up ends, so that it is started again; what stands between is named by a port."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import ssl
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from client import supernode
+from client.joining import Uplink
+from privacy.nodekey import make_node_key
+from server.authority import make_authority, make_server_certificate
+
+ACTIVATED = b"\x08\x05"  # ActivateNodeResponse(node_id=5)
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    """A SuperLink that lets a SuperNode sign in and answers whatever else with 404, as a proxy of a wrong version would."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        known = self.path == "/v1/fleet/activate-node"
+        self.send_response(200 if known else 404)
+        self.send_header("content-type", "application/x-protobuf")
+        self.send_header("content-length", str(len(ACTIVATED) if known else 0))
+        self.end_headers()
+        self.wfile.write(ACTIVATED if known else b"")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def superlink(folder: Path) -> Iterator[Uplink]:
+    """It, on a free port of loopback, with the files that a SuperNode needs to reach it."""
+    authority = make_authority("north")
+    server_files = make_server_certificate(authority, "localhost")
+    for name, content in (
+        ("ca.crt", authority.certificate_pem),
+        ("server.crt", server_files.certificate_pem),
+        ("server.key", server_files.key_pem),
+        ("flower.key", make_node_key()),
+    ):
+        (folder / name).write_bytes(content)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
+    server.daemon_threads = True
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.crt", folder / "server.key")
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield Uplink("localhost", server.server_address[1], folder / "ca.crt", folder / "flower.key")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_a_connection_that_has_given_up_ends_the_process(tmp_path: Path) -> None:
+    """Flower's own command would stay, signed in and deaf, for ever."""
+    with superlink(tmp_path) as link, (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(
+            supernode._command(link, tmp_path / "agent.sock"),
+            env=supernode._environment(tmp_path / "home"),
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+        try:
+            process.wait(80)
+        finally:
+            supernode._end(process)
+    lines = (tmp_path / "said").read_text().splitlines()
+    assert any("SuperNode ID: 5" in line for line in lines)
+    assert process.returncode == supernode.GAVE_UP
+    why = supernode._why(link, "", deque(lines, maxlen=12), process.returncode)
+    assert "gave the connection up" in why
+    assert "404" in why
+
+
+def test_an_outbound_proxy_without_its_certificate_is_named(tmp_path: Path) -> None:
+    (tmp_path / "supernode").mkdir()
+    with superlink(tmp_path) as link:
+        (tmp_path / "supernode" / "ca.crt").write_bytes(link.authority.read_bytes())
+        (tmp_path / "supernode" / "endpoint.json").write_text(f'{{"host": "localhost", "port": {link.port}}}')
+    with pytest.raises(ValueError, match=r"loopback\.crt.*certificates\.sh"):
+        supernode.connect(tmp_path, lambda text: None, outbound=9444)
