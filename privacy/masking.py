@@ -92,6 +92,7 @@ class Party:
     me: str
     key: MaskingKey
     roster: Mapping[str, bytes]
+    _secrets: dict[str, bytes] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.roster.get(self.me) != self.key.public:
@@ -346,10 +347,13 @@ def _box_key(shares: Mapping[str, bytes], site: str, digest: str) -> bytes:
 
 
 def _shared(party: Party, peer: str) -> bytes:
-    try:
-        return party.key.shared(party.roster[peer])
-    except (KeyError, ValueError) as error:
-        raise Refused("ROSTER_KEYS", f"the masking key of {peer} is missing or unusable") from error
+    """The secret of a pair, agreed once for all groups and purposes; every use derives its own seed from it."""
+    if peer not in party._secrets:
+        try:
+            party._secrets[peer] = party.key.shared(party.roster[peer])
+        except (KeyError, ValueError) as error:
+            raise Refused("ROSTER_KEYS", f"the masking key of {peer} is missing or unusable") from error
+    return party._secrets[peer]
 
 
 def _derive(secret: bytes, purpose: str, *context: str) -> bytes:

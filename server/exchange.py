@@ -192,14 +192,15 @@ class Exchange:
         waiting = {name: node for name, node in zip(names, bodies, strict=False) if name}
         silent = dict.fromkeys(bodies)
         while waiting:
-            for message in self._grid.pull_messages(list(waiting)):
-                node = _sender(message, waiting)
-                waiting = {name: other for name, other in waiting.items() if other != node}
-                if node in silent:
-                    del silent[node]
-                    reply = _read(message)
-                    self._note_traffic(node, len(bodies[node]), reply, time.monotonic() - begin)
-                    yield node, reply
+            for name in list(waiting):  # one at a time, so that never two replies are held
+                for message in self._grid.pull_messages([name]):
+                    node = _sender(message, waiting)
+                    waiting = {key: other for key, other in waiting.items() if other != node}
+                    if node in silent:
+                        del silent[node]
+                        reply = _read(message)
+                        self._note_traffic(node, len(bodies[node]), reply, time.monotonic() - begin)
+                        yield node, reply
             if not waiting or time.monotonic() - begin > deadline_s:
                 break
             time.sleep(POLL_S)
@@ -230,7 +231,10 @@ def _read(message: Message) -> Reply:
     if message.has_error():
         return UNAVAILABLE
     try:
-        body = message.content.config_records[BODY][BODY]
+        record = message.content[
+            BODY
+        ]  # not by its view of config records: the two hold each other, and the body, in memory
+        body = record[BODY] if isinstance(record, ConfigRecord) else b""
         return cast(Reply, parse_as(body if isinstance(body, bytes) else b"", REPLIES))
     except (Refused, KeyError):
         return UNAVAILABLE

@@ -21,10 +21,10 @@ CLIENT_ERROR = 2
 
 
 class InProcessGrid(Grid):
-    """``nodes`` virtual SuperNodes served one after another, in the order in which messages are sent.
+    """``nodes`` virtual SuperNodes served one after another, each when its reply is pulled.
 
-    Guarantees: each node keeps one Context for the whole run; a reply refers to the message that it answers; the
-    deadline of ``send_and_receive`` is checked between messages (a running client app is not interrupted).
+    Guarantees: each node keeps one Context for the whole run; a reply refers to the message that it answers; no reply is kept,
+    so that memory does not grow with the nodes. A message whose reply is never pulled is never delivered.
     """
 
     def __init__(self, client_app: ClientApp, nodes: int, run_config: UserConfig) -> None:
@@ -43,7 +43,7 @@ class InProcessGrid(Grid):
             )
             for i in range(nodes)
         }
-        self._replies: dict[str, Message] = {}
+        self._sent: dict[str, Message] = {}
 
     def set_run(self, run: Run) -> None:
         """Set the run that this grid operates in."""
@@ -65,12 +65,14 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver each message at once and keep its reply."""
-        return [self._deliver(message) for message in messages]
+        """Take messages; each is delivered when its reply is pulled."""
+        sent = {uuid.uuid4().hex: message for message in messages}
+        self._sent |= sent
+        return list(sent)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to ``message_ids`` that have not been taken yet."""
-        return [self._replies.pop(name) for name in list(message_ids) if name in self._replies]
+        """Replies to ``message_ids`` that have not been taken yet: here the work is done."""
+        return [self._deliver(name, self._sent.pop(name)) for name in list(message_ids) if name in self._sent]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Deliver the messages in order and return their replies.
@@ -79,14 +81,12 @@ class InProcessGrid(Grid):
         """
         return self.pull_messages(self.push_messages(messages))
 
-    def _deliver(self, message: Message) -> str:
+    def _deliver(self, name: str, message: Message) -> Message:
         inbound = deepcopy(message)
-        name = uuid.uuid4().hex
         inbound.metadata.__dict__["_message_id"] = name
         context = self._contexts[inbound.metadata.dst_node_id]
         try:
             reply = self._client_app(inbound, context)
         except Exception:  # as on a real node, but the text stays here
             reply = Message(Error(CLIENT_ERROR, "SITE_UNAVAILABLE"), reply_to=inbound)
-        self._replies[name] = deepcopy(reply)
-        return name
+        return deepcopy(reply)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -193,6 +195,33 @@ def test_replies_go_to_whoever_waits_for_them_and_the_silent_are_returned(events
         ("mid", ""),
         ("west", "PartsMissing"),
     ]
+
+
+def test_a_reply_is_let_go_before_the_next_one_is_pulled(events: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without help of the garbage collector, which may come after the coordinator has held many models."""
+    names = ("east", "mid", "west")
+    first, bodies = to_bytes(CapabilitiesRequest("study")), {name: to_bytes(PartsMissing(())) for name in names}
+    offers = {name: to_bytes(offer(name)) for name in names}
+
+    def answer(name: str) -> Answer:
+        return lambda body: offers[name] if body == first else bodies[name]
+
+    grid = Grid({number: answer(name) for number, name in enumerate(names)})
+    exchange = Exchange(grid, 5.0, events)  # type: ignore[arg-type]
+    exchange.discover("study", names)
+    held: list[int] = []
+    pulled: list[int] = []
+    real = grid.pull_messages
+    monkeypatch.setattr(grid, "pull_messages", lambda asked: pulled.append(len(list(asked))) or real(asked))
+    resting = [sys.getrefcount(body) for body in bodies.values()]
+    gc.disable()
+    try:
+        exchange.ask(dict.fromkeys(names, PartQuery(())), lambda *_: None)
+        held = [sys.getrefcount(body) for body in bodies.values()]
+    finally:
+        gc.enable()
+    assert held == resting
+    assert pulled == [1, 1, 1]
 
 
 def test_traffic_is_written_down_by_site_kind_and_size(events: EventLog) -> None:
