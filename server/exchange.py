@@ -231,9 +231,7 @@ def _read(message: Message) -> Reply:
     if message.has_error():
         return UNAVAILABLE
     try:
-        record = message.content[
-            BODY
-        ]  # not by its view of config records: the two hold each other, and the body, in memory
+        record = message.content[BODY]  # its view of config records would hold it, and the body, in a cycle
         body = record[BODY] if isinstance(record, ConfigRecord) else b""
         return cast(Reply, parse_as(body if isinstance(body, bytes) else b"", REPLIES))
     except (Refused, KeyError):
