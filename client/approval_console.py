@@ -27,6 +27,7 @@ from privacy.plan import DPPlan
 from privacy.statement import RELATION, SAMPLING, statement
 
 SHOWN_OF_A_HASH = 16
+PENDING = ("study", "proposed", "epsilon / delta", "sites", "groups", "status", "signed by")
 
 
 def print_pending(folder: Path, everything: bool) -> int:
@@ -39,7 +40,10 @@ def print_pending(folder: Path, everything: bool) -> int:
         if not found:
             console.print("no plan waits" if not everything else "no plan was proposed yet")
             return 0
-        table = Table("hash", "study", "proposed", "epsilon / delta", "sites", "groups", "status", "signed by")
+        table = Table(
+            Column("hash", no_wrap=True, min_width=SHOWN_OF_A_HASH),
+            *(Column(name, overflow="fold") for name in PENDING),
+        )
         proposed = {link.data()["plan_hash"]: link.at for link in links if link.kind == "proposed"}
         for entry in found:
             signed = ", ".join(each.by for each in signatures(config, links, entry.plan_hash))
@@ -49,7 +53,7 @@ def print_pending(folder: Path, everything: bool) -> int:
             table.add_row(
                 entry.plan_hash[:SHOWN_OF_A_HASH],
                 entry.study,
-                proposed.get(entry.plan_hash, "")[:16],
+                proposed.get(entry.plan_hash, "")[:10],
                 *_columns(folder, entry.plan_hash),
                 status,
                 escape(signed),
@@ -311,22 +315,15 @@ def print_log(folder: Path, export: bool, after: int) -> int:
             for line in site_log.events(config, after):
                 console.out(line, highlight=False)
             return 0
-        table = Table("no.", "time", "what", "plan", "by", "OS user", "more")
         for link in config.log().read():
             if link.seq <= after:
                 continue
             entry = link.data()
-            more = [str(entry[name]) for name in ("what", "code", "reason") if entry.get(name)]
-            table.add_row(
-                str(link.seq),
-                link.at,
-                link.kind,
-                str(entry.get("plan_hash", ""))[:SHOWN_OF_A_HASH],
-                escape(str(entry.get("by", ""))),
-                escape(str(entry.get("os_user", ""))),
-                escape(" · ".join(more)),
-            )
-        console.print(table)
+            who = " · ".join(str(entry[name]) for name in ("by", "os_user") if entry.get(name))
+            more = " · ".join(str(entry[name]) for name in ("what", "code", "reason") if entry.get(name))
+            plan = str(entry.get("plan_hash", ""))[:SHOWN_OF_A_HASH]
+            fields = (f"{link.seq:>4}", link.at[:19], f"{link.kind:<9}", plan, who, more)
+            console.print("  ".join(field for field in fields if field), markup=False, highlight=False)
         return 0
 
     return _guarded(work, "the site log does not hold")
