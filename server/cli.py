@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from server import doctor_cli, join_cli, superlink_cli
+from server import doctor_cli, join_cli, study_cli, superlink_cli
 
 server_app = typer.Typer(
     name="server", help="At the coordinator: make it, enrol sites, run Flower's SuperLink.", no_args_is_help=True
@@ -15,6 +15,7 @@ server_app = typer.Typer(
 study_app = typer.Typer(name="study", help="Plan, sign and run a study between enrolled sites.", no_args_is_help=True)
 join_cli.add(server_app)
 superlink_cli.add(server_app)
+study_cli.add(study_app)
 doctor_cli.add(server_app)
 
 release = typer.Typer(name="release", help="Check a released bundle.", no_args_is_help=True)

@@ -27,10 +27,20 @@ class EventLog:
 
     def read(self) -> Iterator[dict[str, Any]]:
         """All complete events, oldest first."""
+        yield from self.read_after(0)[0]
+
+    def read_after(self, position: int) -> tuple[list[dict[str, Any]], int]:
+        """Complete events behind a byte ``position``, and the position behind them; a torn line is skipped once it is followed."""
         if not self._path.is_file():
-            return
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+            return [], position
+        with self._path.open("rb") as handle:
+            handle.seek(position)
+            text = handle.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        events = []
+        for line in whole.splitlines():
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                events.append(json.loads(line))
+            except ValueError:
                 continue
+        return events, position + len(whole)

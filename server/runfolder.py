@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from privacy.identity import IdentityKey
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -41,6 +43,35 @@ class RunFolder:
     def coordinator(self) -> Path:
         """The coordinator's keys (0700)."""
         return self.path / "coordinator"
+
+    @property
+    def own_key(self) -> Path:
+        """The key that signs in this run alone; there for a simulation."""
+        return self.coordinator / "identity.key"
+
+    @property
+    def key_pointer(self) -> Path:
+        """A text file naming the key that signs; there for a deployed study, whose sites pinned it once."""
+        return self.coordinator / "key-path.txt"
+
+    def signing_key(self) -> IdentityKey:
+        """The key that signs plan and tasks of this run.
+
+        Raises:
+            ValueError: it is missing or readable by others.
+        """
+        named = self.key_pointer
+        return IdentityKey.load(Path(named.read_text(encoding="utf-8")) if named.is_file() else self.own_key)
+
+    @property
+    def draft(self) -> Path:
+        """The plan before it is signed; there for a deployed study."""
+        return self.path / "plan-draft.json"
+
+    @property
+    def settings(self) -> Path:
+        """How the operator wants this run to go on; there for a deployed study."""
+        return self.coordinator / "settings.json"
 
     @property
     def heads(self) -> Path:

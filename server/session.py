@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +26,8 @@ from server.exchange import Exchange
 from server.runfolder import RunFolder
 from server.study import StudyConfig
 
-COORDINATOR_KEY = "identity.key"
 PART_BYTES = 4 * 2**20
+APPROVAL_POLL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def open_session(grid: Grid, folder: RunFolder, events: EventLog) -> Session:
     try:
         config = StudyConfig.model_validate_json(folder.study.read_bytes())
         schema = Schema.model_validate_json(folder.schema.read_bytes())
-        key = IdentityKey.load(folder.coordinator / COORDINATOR_KEY)
+        key = folder.signing_key()
         signature = bytes.fromhex(folder.plan_signature.read_text(encoding="ascii"))
         plan = verify_plan(folder.plan.read_bytes(), signature, key.public)
     except (OSError, ValueError) as error:
@@ -96,15 +97,38 @@ def open_session(grid: Grid, folder: RunFolder, events: EventLog) -> Session:
 def gather(session: Session) -> tuple[str, ...]:
     """Call the roll, check that each site approved this very plan, and deliver the public model. Returns who takes part.
 
+    Where the operator set a wait for approvals, sites that have not decided, or were not there, are asked again until all
+    have answered for good or the wait is over.
+
     Raises:
-        StudyError: fewer sites than the smallest cohort.
+        StudyError: nobody takes part.
     """
-    ready = _admit(session, session.exchange.discover(session.plan.study, sorted(session.plan.roster)))
-    if not ready:
+    expected = sorted(session.plan.roster)
+    attendance = session.attendance
+    wait_s = _approval_wait_s(session.folder)
+    end = time.monotonic() + wait_s
+    _admit(session, session.exchange.discover(session.plan.study, expected))
+    told: tuple[object, ...] = ()
+    while True:
+        undecided = attendance.undecided()
+        final = {site: code for site, code in attendance.codes.items() if site not in undecided}
+        absent = tuple(site for site in expected if site not in attendance.admitted and site not in attendance.codes)
+        news = (tuple(sorted(attendance.admitted)), undecided, absent, final)
+        if wait_s and news != told:
+            approved, *_ = told = news
+            session.events.write(
+                "approvals", approved=list(approved), waiting=list(undecided), absent=list(absent), refused=final
+            )
+        if not (undecided or absent) or time.monotonic() >= end:
+            break
+        time.sleep(min(APPROVAL_POLL_S, max(0.0, end - time.monotonic())))
+        _admit(session, [*undecided, *session.exchange.returned(session.plan.study, absent)])
+    if not attendance.admitted:
         raise StudyError(
             "no site takes part: none answered with an approval of this plan; see the event file for the codes"
         )
-    return ready
+    attendance.late.clear()
+    return tuple(sorted(attendance.admitted))
 
 
 def attend(session: Session, sites: Sequence[str]) -> tuple[str, ...]:
@@ -125,17 +149,25 @@ def _admit(session: Session, found: Iterable[str]) -> tuple[str, ...]:
             head = Head(reply.ledger_seq, reply.ledger_hash)
             if why := known.objection(site, head, known.last(site)):
                 session.events.write("sits-out", site=site, code="LEDGER_UNUSABLE", why=why)
+                session.attendance.codes[site] = "LEDGER_UNUSABLE"
                 continue
             known.learn({site: head})
             sites.append(site)
         else:
             code = reply.code if isinstance(reply, Refusal) else "NOT_APPROVED"
-            session.events.write("sits-out", site=site, code=code)
+            if session.attendance.codes.get(site) != code:
+                session.events.write("sits-out", site=site, code=code)
+            session.attendance.codes[site] = code
     ready = deliver(
         session, sites, {part.digest: session.read_public_part(part.name) for part in session.plan.public_model}
     )
     session.attendance.admit(ready)
     return ready
+
+
+def _approval_wait_s(folder: RunFolder) -> float:
+    path = folder.settings
+    return float(json.loads(path.read_text(encoding="utf-8"))["approval_wait_s"]) if path.is_file() else 0.0
 
 
 def _node_keys(folder: RunFolder) -> dict[str, str]:

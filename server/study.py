@@ -180,9 +180,14 @@ class ExecutionConfig(_Public):
 
 
 class StudyConfig(_Public):
-    """A study as a consortium writes it."""
+    """A study as a consortium writes it.
+
+    Attributes:
+        sites: names of the enrolled sites that take part; empty in a simulation, where every hospital does.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")
+    sites: tuple[str, ...] = ()
     seed: int = Field(default=1, ge=0)
     privacy: PrivacyConfig = PrivacyConfig()
     codec: CodecConfig = CodecConfig()

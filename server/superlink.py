@@ -45,6 +45,7 @@ class SuperLink:
         self._config = config
         self._home = config.flower_home
         self._pid_file = config.run / "superlink.pid"
+        self._process: subprocess.Popen[bytes] | None = None  # if it is a child of ours
         self.log = config.run / "superlink.log"
         self.flower = Flower(self._home, config.superlink_port, config.ca_certificate)
 
@@ -93,6 +94,7 @@ class SuperLink:
             processes.sweep(str(self._home))
             self._pid_file.unlink(missing_ok=True)
             raise
+        self._process = process
         return True
 
     def stop(self) -> bool:
@@ -109,13 +111,16 @@ class SuperLink:
             processes.end_group(pid, gone)
         processes.sweep(str(self._home))
         self._pid_file.unlink(missing_ok=True)
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
         return pid is not None
 
     def wait(self) -> None:
         """Return when it has ended."""
         while self.pid() is not None:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(-1, os.WNOHANG)
+            if self._process is not None:
+                self._process.poll()
             time.sleep(0.5)
 
     def update_nodes(self) -> Changes:

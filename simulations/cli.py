@@ -79,6 +79,9 @@ def pretrain(
         float | None, typer.Option(min=0.0, max=2.0, help="Size of the core alone: 0 smoke, 1 small, 2 base.")
     ] = None,
     patients: Annotated[int, typer.Option(min=8, help="Phantoms to generate.")] = 600,
+    reference: Annotated[
+        int, typer.Option(min=0, help="Of the public patients, how many are set aside, for `medgen study plan`.")
+    ] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of the core.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Patients in a step.")] = 32,
     codec_steps: Annotated[int, typer.Option(min=1, help="Training steps of each autoencoder.")] = 300,
@@ -115,6 +118,7 @@ def pretrain(
         licence=licence,
         overlap=overlap_check,
         patients=patients,
+        reference=reference,
         steps=steps,
         batch=batch,
         codec_steps=codec_steps,

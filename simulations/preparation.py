@@ -9,26 +9,20 @@ from pathlib import Path
 
 import tomli_w
 import torch
-from safetensors.numpy import save
 
 from client import enrolment, policy
 from medgen_models.batches import batch_to_bytes
 from medgen_models.pretrain import PretrainConfig, pretrain
-from medgen_models.prototypes import levels_of
-from medgen_models.public_model import CARD_FILE, WEIGHTS_FILE, PublicModel
+from medgen_models.public_model import CARD_FILE, PublicModel
 from medgen_models.schema import PatientBatch, Schema
-from medgen_models.table_prior import choose_pairs, default_queries, encode_rows, public_positions
-from privacy.boundary.plan import Part
 from privacy.boundary.refusals import Refused
-from privacy.boundary.signing import sign_plan
 from privacy.identity import IdentityKey, SecretKey
+from server import preparation
 from server.checkpoints import write_atomically
 from server.enrolment import roster_of
 from server.events import EventLog
-from server.planning import PublicFacts, build_plan
+from server.preparation import write_public
 from server.runfolder import RunFolder
-from server.session import COORDINATOR_KEY, split_parts
-from server.warmup import PublicPatients
 from simulations import hospitals, phantoms, real_schemas
 from simulations.scenario import Scenario
 
@@ -39,11 +33,7 @@ LIFETIME_SHARE = 1.5  # a second study like the first does not fit
 def write_study(folder: RunFolder, scenario: Scenario, schema: Schema) -> None:
     """Write study, schema and a fresh coordinator key into the run folder."""
     write_atomically(folder.path / "scenario.json", scenario.model_dump_json(indent=2, by_alias=True).encode())
-    write_atomically(folder.study, scenario.study.model_dump_json(indent=2).encode())
-    write_atomically(folder.schema, schema.model_dump_json(indent=2).encode())
-    key = IdentityKey.generate()
-    key.save(folder.coordinator / COORDINATOR_KEY)
-    write_atomically(folder.coordinator / "identity.pub", key.public.hex().encode() + b"\n")
+    preparation.write_study(folder, scenario.study, schema, IdentityKey.generate())
 
 
 def make_sites(scenario: Scenario, schema: Schema, sites_dir: Path) -> None:
@@ -91,16 +81,11 @@ def public_model(
 
         known = phantoms.biomarkers(schema, trained_on) if scenario.public.population == "phantoms" else None
         model = pretrain(schema, trained_on, config, scenario.public.seed, on_step, biomarkers=known)
-        model.save(place)
-        weights = (place / WEIGHTS_FILE).read_bytes()
-        for number, (_, piece) in enumerate(split_parts(weights)):
-            write_atomically(place / "parts" / f"{WEIGHTS_FILE}.{number:03d}", piece)
-        write_atomically(place / "parts" / CARD_FILE, (place / CARD_FILE).read_bytes())
+        write_public(model, place)
         events.write("public-model", reused=False, seconds=round(time.monotonic() - started, 1))
     else:
         events.write("public-model", reused=True, seconds=0.0)
-    write_atomically(folder.public_pointer, str(place.resolve()).encode())
-    write_atomically(folder.reference, batch_to_bytes(reference, schema))
+    preparation.use_public_model(folder, place, reference, schema)
     return PublicModel.load(place, schema), trained_on
 
 
@@ -118,7 +103,7 @@ def plan_and_approve(
     A site whose policy refuses is named with its code and sits out; the plan file is written last, so that an interrupted
     preparation starts again from the beginning.
     """
-    key = IdentityKey.load(folder.coordinator / COORDINATOR_KEY)
+    public_key = folder.signing_key().public
     sites = [path for path in sorted(sites_dir.iterdir()) if (path / "site.toml").is_file()]
     for site in sites:
         if scenario.study.execution.deterministic:
@@ -126,10 +111,10 @@ def plan_and_approve(
         enrolment.make_keys(site)
         pin = site / "keys" / "coordinator.pub"
         pin.unlink(missing_ok=True)  # a simulated hospital meets a new coordinator with every run
-        enrolment.pin_coordinator(site, key.public)
+        enrolment.pin_coordinator(site, public_key)
     roster = roster_of(enrolment.request(site) for site in sites)
-    plan = build_plan(scenario.study, schema, _facts(scenario, schema, model, public, folder), roster, key.public)
-    proposal = sign_plan(plan, key)
+    draft = preparation.make_plan(scenario.study, schema, model, public, roster, folder)
+    proposal = preparation.sign(folder, draft)
     for site in sites:
         try:
             policy.propose(site, proposal.plan, proposal.signature)
@@ -137,8 +122,7 @@ def plan_and_approve(
             events.write("approved", site=site.name)
         except Refused as refusal:
             events.write("not-approved", site=site.name, code=refusal.code)
-    write_atomically(folder.plan_signature, proposal.signature.hex().encode())
-    write_atomically(folder.plan, proposal.plan)
+    preparation.write_plan(folder, proposal)
 
 
 def _fix_split(site: Path) -> None:
@@ -146,35 +130,6 @@ def _fix_split(site: Path) -> None:
     path = site / "keys" / "split.key"
     if not path.exists():
         SecretKey(hashlib.sha256(b"test split " + site.name.encode()).digest()).save(path)
-
-
-def _facts(
-    scenario: Scenario, schema: Schema, model: PublicModel, public: PatientBatch, folder: RunFolder
-) -> PublicFacts:
-    """What planning takes from the public model and population."""
-    study = scenario.study
-    place = [
-        Part(name=path.name, digest=hashlib.sha256(path.read_bytes()).hexdigest(), size=path.stat().st_size)
-        for path in sorted((Path(folder.public_pointer.read_text(encoding="utf-8")) / "parts").iterdir())
-    ]
-    rows = encode_rows(schema, public, study.table.bins) if schema.table() is not None else None
-    marginals: tuple[tuple[int, ...], ...] = ()
-    if rows is not None:
-        wanted = len(rows.domain) if study.table.pairs is None else study.table.pairs
-        pairs = choose_pairs(rows.codes_BC, rows.domain, wanted)
-        positions = public_positions(schema, public, study.table.bins)
-        write_atomically(folder.public_rows, save({"codes": rows.codes_BC, "positions": positions}))
-        marginals = tuple(tuple(query) for query in default_queries(schema, rows.domain, pairs))
-    if study.prototypes.enabled:
-        levels = levels_of(schema, public, study.prototypes.factor)
-        write_atomically(folder.public_patients, PublicPatients(model.bank.encode(public), levels).to_bytes())
-    return PublicFacts(
-        parts=tuple(place),
-        core_clip=model.clip_norms[study.core.group],
-        codec_clip=model.clip_norms.get("codec", 1.0),
-        recentre_bound=study.recentre.bound or model.recentre_norm,
-        marginals=marginals,
-    )
 
 
 def site_policy(scenario: Scenario) -> hospitals.SitePolicy:

@@ -37,10 +37,13 @@ from medgen_models.public_numbers import Biomarkers
 from medgen_models.public_terms import PublicTerms
 from medgen_models.schema import IMAGE_KINDS, PatientBatch, Schema
 from privacy.ledger import Ledger
+from server.checkpoints import write_atomically
+from server.preparation import PUBLIC_FILE, REFERENCE_FILE
 from simulations import phantoms, public_populations, real_schemas
 
 PHANTOMS = "phantoms"
 STATE, README = "state", "README.md"
+MIN_PATIENTS = 8
 _VERSIONS = ("medgen", "torch", "monai", "numpy", "safetensors")
 
 
@@ -57,6 +60,7 @@ class Request:
         source, licence: the user's words on where the records come from and under which terms.
         overlap: report of a check that no patient of the study is among them; empty: public by assertion.
         patients: phantoms to generate.
+        reference: public patients that are set aside, never trained on; with them a study can be planned on the model.
         weights: slot -> folder with the weights of an ``aekl`` codec.
     """
 
@@ -69,6 +73,7 @@ class Request:
     licence: str = ""
     overlap: Path | None = None
     patients: int = 600
+    reference: int = 0
     steps: int = 1000
     batch: int = 32
     codec_steps: int = 300
@@ -83,7 +88,7 @@ class Public:
     """Public records as they were found.
 
     Attributes:
-        batch: patients with at least one record.
+        batch: patients with at least one record, who are trained on. reference: those set aside, if any were asked for.
         biomarkers: what was measured in their images.
         facts: what the card says of them.
     """
@@ -91,6 +96,7 @@ class Public:
     batch: PatientBatch
     biomarkers: Biomarkers | None
     facts: dict[str, Any]
+    reference: PatientBatch | None = None
 
 
 def run_pretraining(request: Request) -> int:
@@ -154,6 +160,9 @@ def train(request: Request, schema: Schema, public: Public, on_step: Any = None)
     )
     facts = {**public.facts, "preset": request.preset or "", "device": device.type, "versions": versions}
     model = dataclasses.replace(model, card={**model.card, **facts})
+    if public.reference is not None:
+        write_atomically(request.out / PUBLIC_FILE, batch_to_bytes(public.batch, schema))
+        write_atomically(request.out / REFERENCE_FILE, batch_to_bytes(public.reference, schema))
     model.save(request.out)
     (request.out / README).write_text(card_text(model), encoding="utf-8")
     shutil.rmtree(request.out / STATE, ignore_errors=True)
@@ -222,6 +231,7 @@ def read_public(request: Request, schema: Schema) -> Public:
         if not request.source or not request.licence:
             raise ValueError("data: say where the records come from and under which terms, with --source and --licence")
         source, licence = request.source, request.licence
+    batch, reference, biomarkers = _set_aside(request, batch, biomarkers)
     check = hashlib.sha256(request.overlap.read_bytes()).hexdigest() if request.overlap is not None else ""
     present = batch.present_BVI.any(dim=1).sum(dim=0).tolist()
     facts = {
@@ -233,7 +243,27 @@ def read_public(request: Request, schema: Schema) -> Public:
         "instances": dict(zip(schema.keys(), present, strict=True)),
         "not_used": skipped,
     }
-    return Public(batch, biomarkers, facts)
+    return Public(batch, biomarkers, facts, reference)
+
+
+def _set_aside(
+    request: Request, batch: PatientBatch, biomarkers: Biomarkers | None
+) -> tuple[PatientBatch, PatientBatch | None, Biomarkers | None]:
+    """Who is trained on, who is set aside (drawn by the seed), and the biomarkers of the former."""
+    if request.reference == 0:
+        return batch, None, biomarkers
+    left = len(batch) - request.reference
+    if left < MIN_PATIENTS:
+        raise ValueError(
+            f"reference = {request.reference}: of {len(batch)} public patients at least {MIN_PATIENTS} must remain to train "
+            "on; set fewer aside"
+        )
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(request.seed))
+    kept, aside = order[:left].sort().values, order[left:].sort().values
+    measured = {
+        key: {name: values[kept] for name, values in found.items()} for key, found in (biomarkers or {}).items()
+    }
+    return batch.select(kept.tolist()), batch.select(aside.tolist()), measured if biomarkers is not None else None
 
 
 def _generated(request: Request, schema: Schema) -> tuple[PatientBatch, Biomarkers | None]:
