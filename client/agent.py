@@ -167,8 +167,15 @@ class SiteAgent:
         groups: dict[str, NDArray[np.uint32] | NDArray[np.float32]] = {}
         for name in mine:
             if name in cohorts:
-                size = len(cohorts[name].members)
-                groups[name] = mask(quantise(values[name], size, step).vector, party, cohorts[name])
+                found = quantise(values[name], len(cohorts[name].members), step)
+                if found.saturated:  # of noised numbers, so that sitting out tells no more than the answer would have
+                    detail = f"group {name}: {found.saturated} of {values[name].size} numbers are too large for the sum"
+                    raise Refused(
+                        "SITE_UNAVAILABLE",
+                        detail,
+                        "look for what made this update; the next round is asked all the same",
+                    )
+                groups[name] = mask(found.vector, party, cohorts[name])
             elif task.stage != AUDIT:
                 groups[name] = values[name].astype(np.float32)
         seq, head = ledger.head

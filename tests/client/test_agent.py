@@ -343,6 +343,37 @@ def test_masked_sums_of_real_agents_equal_the_plain_sum(
         assert np.median(masked[site].view(np.int32).astype(np.float64).__abs__()) > 2**28
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e9], ids=str)
+def test_an_update_that_is_no_number_or_too_large_for_the_sum_is_stopped_before_any_mask(
+    study: Any, monkeypatch: pytest.MonkeyPatch, number: float
+) -> None:
+    """The round is spent, for records were read; nothing of it leaves, and the next round is answered."""
+    from client import rounds
+
+    study.deliver(SITE)
+    real = rounds.compute
+
+    def compute(*args: Any) -> Any:
+        values, step = real(*args)
+        return {group: np.where(np.arange(vector.size) == 3, number, vector) for group, vector in values.items()}, step
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a mask was made")
+
+    monkeypatch.setattr(rounds, "compute", compute)
+    monkeypatch.setattr("client.agent.mask", never)
+    task = study.task()
+    assert code(study.send(SITE, task)) == "SITE_UNAVAILABLE"
+    said = (study.site(SITE) / "agent.log").read_text(encoding="utf-8")
+    assert ("too large for the sum" if np.isfinite(number) else "expected finite numbers") in said
+    assert "a mask was made" not in said
+    assert Outbox(study.site(SITE)).get(task.digest()) is None
+    stage = study.ledger(SITE).stages[0]
+    assert (stage.intents, stage.commits) == (1, 0)
+    monkeypatch.undo()
+    assert isinstance(study.send(SITE, study.task(attempt=1)), MaskedAnswer)
+
+
 # -- the wall ----------------------------------------------------------------------------------------------------------
 
 
