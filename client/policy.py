@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from client.approvals import check_signed, missing, os_user, refusals_logged, sign, signatures
 from client.peers import check_peers, peers_of
@@ -118,9 +118,8 @@ def _roster_objections(config: SiteConfig, plan: StudyPlan) -> Iterator[Refused]
         yield Refused("SLOTS", f"{', '.join(extra)}", "add them to [site] slots if the site wants to offer them")
     if (entry.n_decl, entry.held_out_decl) != (site.declared_capacity, site.declared_held_out):
         declared = f"site.toml declares {site.declared_capacity} and {site.declared_held_out}"
-        yield Refused(
-            "CAPACITY", f"roster {entry.n_decl} and {entry.held_out_decl}, {declared}", "enrol the site again"
-        )
+        found = f"roster {entry.n_decl} and {entry.held_out_decl}, {declared}"
+        yield Refused("CAPACITY", found, "enrol the site again")
     if entry.min_contributors != config.policy.min_contributors:
         yield Refused("MIN_CONTRIBUTORS", f"roster {entry.min_contributors}, site {config.policy.min_contributors}")
     if plan.deterministic and not config.policy.deterministic_noise:
@@ -160,16 +159,7 @@ def objections(config: SiteConfig, plan: StudyPlan) -> tuple[Refused, ...]:
             _check_newer_than_losses(ledger, plan.hash, plan.created)
         except Refused as refusal:
             found.append(refusal)
-        column = config.data.block_column if config.data.blocks else ""
-        found += ledger.objections(
-            plan.hash,
-            promise,
-            config.ceilings,
-            entry.n_decl,
-            deterministic=plan.deterministic,
-            blocks=config.blocks,
-            block_column=column,
-        )
+        found += ledger.objections(plan.hash, promise, config.ceilings, entry.n_decl, **_reserved_as(config, plan))
     return tuple(found)
 
 
@@ -200,9 +190,7 @@ def approve(site_dir: Path, plan_bytes: bytes, signature: bytes, *, by: str = "o
             promise,
             config.ceilings,
             plan.roster[config.site.name].n_decl,
-            deterministic=plan.deterministic,
-            blocks=config.blocks,
-            block_column=config.data.block_column if config.data.blocks else "",
+            **_reserved_as(config, plan),
         )
         head = Head(*ledger.head)
     _store(site_dir, name, plan_bytes, signature)
@@ -354,6 +342,18 @@ def dp_plan(plan: StudyPlan) -> DPPlan:
         return DPPlan.from_dict(plan.dp)
     except (ValueError, TypeError, KeyError) as error:
         raise Refused("BAD_PLAN", f"dp: {error}") from error
+
+
+class _Reserved(TypedDict):
+    deterministic: bool
+    blocks: tuple[str, ...]
+    block_column: str
+
+
+def _reserved_as(config: SiteConfig, plan: StudyPlan) -> _Reserved:
+    """What a reservation says beside the promise: the same when it is judged and when it is made."""
+    column = config.data.block_column if config.data.blocks else ""
+    return {"deterministic": plan.deterministic, "blocks": config.blocks, "block_column": column}
 
 
 def _cross_checked(_: StudyPlan, promise: DPPlan) -> CrossCheck:

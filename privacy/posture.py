@@ -33,7 +33,7 @@ Status = Literal["ok", "warn", "fail"]
 
 SKEW_S = 60.0  # Flower refuses a node whose signed time is 300 s off; a clock that drifts is found well before
 EXPIRY_DAYS = 30
-PATIENCE_S = 5.0
+ANSWERS_WITHIN = 5.0  # seconds
 SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": ("0", "telemetry is on"),
     "FLWR_DISABLE_UPDATE_CHECK": ("1", "the update check is on"),
@@ -145,11 +145,11 @@ class _Connection(http.client.HTTPSConnection):
     """HTTPS to an address under another name."""
 
     def __init__(self, host: str, port: int, address: str, context: ssl.SSLContext) -> None:
-        super().__init__(host, port, timeout=PATIENCE_S, context=context)
+        super().__init__(host, port, timeout=ANSWERS_WITHIN, context=context)
         self._address, self._tls = address, context
 
     def connect(self) -> None:
-        plain = socket.create_connection((self._address, self.port), PATIENCE_S)
+        plain = socket.create_connection((self._address, self.port), ANSWERS_WITHIN)
         try:
             self.sock = self._tls.wrap_socket(plain, server_hostname=self.host)
         except BaseException:
@@ -165,7 +165,7 @@ def _date(text: str | None) -> datetime.datetime | None:
 
 def answers_plain(address: str, port: int) -> str:
     """The first line with which ``address:port`` answers HTTP without TLS; empty if it turns it away (400) or is silent."""
-    with contextlib.suppress(OSError), socket.create_connection((address, port), PATIENCE_S) as probe:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), ANSWERS_WITHIN) as probe:
         probe.sendall(f"GET / HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
         line = probe.recv(256).partition(b"\r\n")[0].decode("ascii", "replace")
         if line.startswith("HTTP/") and line.split(" ")[1:2] != ["400"]:
