@@ -229,8 +229,8 @@ def emergency_stop(folder: Path, reason: str, by: str) -> int | None:
     failed: list[str] = []
     try:
         set_stop(folder)
-    except OSError as error:
-        failed.append(f"the stop could not be written ({error.strerror}): do not start the agent again")
+    except (OSError, ValueError) as error:
+        failed.append(f"the stop could not be written ({error}): do not start the agent again")
     pid = _signal(folder, signal.SIGKILL)
     if pid is not None and not _gone(folder, pid, KILL_S):
         failed.append(f"process {pid} does not end; take the site off the network")

@@ -12,11 +12,12 @@ import json
 import os
 from pathlib import Path
 
+from client.rundir import RUN, run_folder
 from client.site import SITE_LOG
 from privacy.boundary.refusals import Refused
 from privacy.chain import ChainFile, canonical, now_utc, sync_folder, write_durably
 
-STOPPED = Path("run") / "stopped"
+STOPPED = Path(RUN) / "stopped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +62,11 @@ def set_stop(site_dir: Path) -> None:
     """Stop the site: on return the file is there and on disk. It needs no room but a name, so a full disk does not hinder it.
 
     Raises:
-        OSError: the file could not be made.
+        AgentError, OSError: the file could not be made.
     """
-    path = site_dir / STOPPED
-    path.parent.mkdir(mode=0o750, exist_ok=True)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-    sync_folder(path.parent)
+    folder = run_folder(site_dir)
+    os.close(os.open(site_dir / STOPPED, os.O_WRONLY | os.O_CREAT, 0o600))
+    sync_folder(folder)
 
 
 def record_stop(site_dir: Path, by: str, reason: str) -> Stop:

@@ -155,7 +155,7 @@ def test_a_full_disk_neither_saves_the_agent_nor_hides_itself(bystander: Any, mo
 
     monkeypatch.setattr(halt, "write_durably", full)
     monkeypatch.setattr(control, "set_stop", full)
-    with pytest.raises(AgentError, match=r"could not be written .No space left on device.: do not start"):
+    with pytest.raises(AgentError, match=r"could not be written .*No space left on device.: do not start"):
         control.emergency_stop(folder, "now", "A. Officer")
     assert holder(folder / "run") is None
     assert process.poll() is not None

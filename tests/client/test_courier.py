@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -187,6 +188,41 @@ def test_over_the_socket_the_answers_are_those_of_the_agent_itself(
             assert again == SiteAgent(there.site(SITE)).handle(to_bytes(request))
     for garbage in (b"", b"MGN1", os.urandom(64), "text", 7):
         assert deployed(place, garbage) == to_bytes(Refusal("BAD_MESSAGE"))
+
+
+@pytest.mark.slow
+def test_a_whole_study_over_the_sockets_of_four_agents_is_the_study_in_one_process(
+    study_known: Any,
+    study_trained: tuple[Any, dict[str, Any]],
+    study_copy: Callable[..., Any],
+    study_sites: tuple[str, ...],
+    tmp_path: Path,
+    agent_process: Callable[[Path], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The courier finds each site by its node's own configuration; the run's ``sites-dir`` names another folder."""
+    from client import app as courier
+
+    study = study_copy(study_known, tmp_path / "study")
+    places = {}
+    for site in study_sites:
+        agent_process(study.site(site))
+        places[site] = study.site(site) / "run" / "agent.sock"
+    carry = courier._carry
+
+    def on_node(request: bytes, message: Message, context: Context) -> bytes:
+        node = {"agent-socket": str(places[study_sites[int(str(context.node_config["partition-id"]))]])}
+        run = {"sites-dir": str(tmp_path / "nowhere")}
+        return carry(request, message, Context(1, context.node_id, node, context.state, run))
+
+    monkeypatch.setattr(courier, "_carry", on_node)
+    weights = study.train()
+    trained, known = study_trained
+    assert set(weights) == set(known)
+    for name, value in known.items():
+        np.testing.assert_array_equal(value, weights[name], err_msg=name)
+    for site in study_sites:
+        assert study.kinds(site) == trained.kinds(site)
 
 
 def test_one_message_over_the_socket_loads_neither_torch_nor_the_rooms_behind_it(tmp_path: Path) -> None:
