@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 # Idle threads sleep instead of spinning: two shared cores are the machine this is built for.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint types unit accept-path accept-privacy accept-models clean install
+.PHONY: demo test lint types unit test-deploy accept-path accept-privacy accept-models clean install
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,10 @@ types: install
 
 unit: install
 	$(BIN)/pytest
+
+# Real SuperLink, SuperNodes and agents as processes: minutes.
+test-deploy: install
+	$(BIN)/pytest -m deployed
 
 accept-path: install
 	$(BIN)/python tests/acceptance/path.py $(if $(LINES),--lines $(LINES))

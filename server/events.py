@@ -6,6 +6,7 @@ One JSON object per line in ``<run>/events.jsonl``. Every field is public: nothi
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,10 @@ class EventLog:
     def write(self, kind: str, **fields: Any) -> None:
         """Append one event of ``kind`` with JSON-able ``fields`` and the time in seconds since the epoch."""
         line = json.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, sort_keys=True)
-        with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(line + "\n")
+        with self._path.open("ab+") as handle:
+            handle.seek(max(handle.seek(0, os.SEEK_END) - 1, 0))
+            torn = handle.read(1) not in (b"", b"\n")  # by a writer that was killed; it must not take this line with it
+            handle.write(b"\n" * torn + line.encode() + b"\n")
 
     def read(self) -> Iterator[dict[str, Any]]:
         """All complete events, oldest first."""

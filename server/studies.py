@@ -256,12 +256,12 @@ class _Reader:
             name=name,
             rounds=int(event["rounds"]),
             done=max(before.done, int(event["round"]) + 1),
-            attempts=before.attempts + int(event["attempts"]),
+            attempts=before.attempts + int(event.get("attempts", 1)),  # an audit is asked once
             to_sites=before.to_sites + self._open["to"],
             from_sites=before.from_sites + self._open["from"],
         )
         self._open.clear()
-        self.epsilon = event["epsilon"]
+        self.epsilon = event.get("epsilon", self.epsilon)
 
     def _crossed(self, event: dict[str, Any]) -> None:
         self._open["to"] += int(event["bytes_in"])

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from client import policy
+from privacy.ledger import Ledger
 from server import processes
 from server.checkpoints import Checkpoints
 from server.events import EventLog
 from server.preparation import REFERENCE_FILE
+from server.runfolder import RunFolder
 from server.studies import read_status
 from simulations import preparation
 from simulations.consortium import Consortium
@@ -89,6 +91,16 @@ def approve_everywhere(consortium: Consortium, patience_s: float = 120.0) -> Non
         medgen("site", "approve", folder, waiting[0], "--by", "data officer")
 
 
+def wait_for_round(folder: RunFolder, stage: str, number: int, patience_s: float = 400.0) -> None:
+    end = time.monotonic() + patience_s
+    while not any(
+        (event["kind"], event.get("stage"), event.get("round")) == ("round", stage, number)
+        for event in EventLog(folder.events).read()
+    ):
+        assert time.monotonic() < end, read_status(folder)
+        time.sleep(0.5)
+
+
 def test_three_hospitals_over_superlink_and_supernodes_train_what_one_process_trains(
     consortium: Consortium, in_one_process: Mapping[str, Any], tmp_path: Path
 ) -> None:
@@ -100,6 +112,7 @@ def test_three_hospitals_over_superlink_and_supernodes_train_what_one_process_tr
     )
     assert "not private" in planned
     assert "signed" in medgen("study", "sign", "tiny", *at)
+    folder = RunFolder(consortium.config.studies / "tiny")
     with subprocess.Popen(
         [processes.tool("medgen"), "study", "run", "tiny", *map(str, at), "--approval-wait", "300"],
         stdout=subprocess.PIPE,
@@ -108,15 +121,16 @@ def test_three_hospitals_over_superlink_and_supernodes_train_what_one_process_tr
     ) as run:
         try:
             approve_everywhere(consortium)
-            said, _ = run.communicate(timeout=500)
+            wait_for_round(folder, "core", 0)
+            medgen("study", "stop", "tiny", *at)
+            said, _ = run.communicate(timeout=200)
         finally:
             run.kill()
-    assert run.returncode == 0, said
-    assert "verdict" in said
+    assert run.returncode == 1, said
+    assert "stopped in order" in said
+    assert read_status(folder).standing == "stopped"
+    assert "verdict" in medgen("study", "resume", "tiny", *at)
 
-    from server.runfolder import RunFolder
-
-    folder = RunFolder(consortium.config.studies / "tiny")
     last = Checkpoints(folder.checkpoints).last("core")
     assert last is not None
     assert set(last.arrays) == set(in_one_process)
@@ -128,4 +142,12 @@ def test_three_hospitals_over_superlink_and_supernodes_train_what_one_process_tr
     assert set(status.sites) == set(SITES)
     assert all(traffic.from_site > 0 and traffic.median_s > 0 for traffic in status.traffic.values())
     assert "finished" in medgen("study", "status", "tiny", *at)
-    assert not [event for event in EventLog(folder.events).read() if event["kind"] == "discarded"]
+    events = list(EventLog(folder.events).read())
+    assert not [event for event in events if event["kind"] == "discarded"]
+    rounds = [(event["stage"], event["round"]) for event in events if event["kind"] == "round"]
+    assert len(rounds) == len(set(rounds))  # nothing was done twice
+    for name in SITES:
+        with Ledger.open(consortium.sites[name] / "ledger.sqlite", name, writable=False) as ledger:
+            ledger.verify()
+            (account,) = ledger.summary().plans
+            assert all(stage.spares_used == 0 for stage in account.stages)
