@@ -11,6 +11,7 @@ the roster are who they claim to be (fingerprints are compared out of band).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -73,16 +74,22 @@ class RosterEntry(_Public):
 
     def holds(self, site: str) -> bool:
         """Whether the site's own signature covers this entry."""
-        payload = binding_payload(
-            site=site,
-            slots=self.slots,
-            n_decl=self.n_decl,
-            held_out_decl=self.held_out_decl,
-            min_contributors=self.min_contributors,
-            identity_key=bytes.fromhex(self.identity_key),
-            masking_key=bytes.fromhex(self.masking_key),
-        )
-        return verify(bytes.fromhex(self.identity_key), bytes.fromhex(self.binding), SITE_BINDING_TYPE, payload)
+        return _holds(self, site)
+
+
+@functools.lru_cache(maxsize=1024)
+def _holds(entry: RosterEntry, site: str) -> bool:
+    """Kept, because every message of a study brings its plan, and a plan has a signature for each site."""
+    payload = binding_payload(
+        site=site,
+        slots=entry.slots,
+        n_decl=entry.n_decl,
+        held_out_decl=entry.held_out_decl,
+        min_contributors=entry.min_contributors,
+        identity_key=bytes.fromhex(entry.identity_key),
+        masking_key=bytes.fromhex(entry.masking_key),
+    )
+    return verify(bytes.fromhex(entry.identity_key), bytes.fromhex(entry.binding), SITE_BINDING_TYPE, payload)
 
 
 class Training(_Public):
