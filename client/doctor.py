@@ -17,7 +17,7 @@ from pathlib import Path
 from client import policy, site_log
 from client.control import agent_status, check_modes
 from client.joining import AUTHORITY, KIT, Uplink, membership, uplink
-from client.rundir import PID, RUN, AgentError
+from client.rundir import PID, RUN, SOCKET, AgentError
 from client.site import SiteConfig
 from privacy import posture
 from privacy.boundary.plan import StudyPlan
@@ -193,12 +193,13 @@ def _stale(path: Path) -> str:
 
 
 def supernodes(config: SiteConfig) -> tuple[Process, ...]:
-    """The SuperNodes that sign in with this site's key."""
-    key = str(Path(config.folder.name) / "supernode" / "flower.key")
+    """The SuperNodes that carry this site's messages: they know its socket, or sign in with its key."""
+    socket, key = str(config.folder / RUN / SOCKET), str(Path(config.folder.name) / "supernode" / "flower.key")
     return tuple(
         node
         for node in posture.processes("flower-supernode")
-        if (node.option("--auth-supernode-private-key") or "").endswith(key)
+        if socket in (node.option("--node-config") or "")
+        or (node.option("--auth-supernode-private-key") or "").endswith(key)
     )
 
 

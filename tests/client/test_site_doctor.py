@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -312,6 +313,30 @@ def test_a_real_process_is_read_as_it_runs(site: Path, stand_in: Serve, monkeypa
     assert look(doctor.supernode, site).status == "ok"
     stand_in("flower-supernode", processes.free_port(), f"--auth-supernode-private-key={key}")
     assert look(doctor.supernode, site).status == "fail"
+
+
+def test_the_supernode_that_medgen_starts_is_recognised(site: Path, coordinator: Any, stand_in: Serve) -> None:
+    """Flower's own process, as `medgen site connect` starts it from inside the site folder."""
+    config = CoordinatorConfig.load(coordinator.folder)
+    stand_in("proxy", config.port, "--ssl-certfile", str(config.tls_certificate), "--ssl-keyfile", str(config.tls_key))
+    connection = subprocess.Popen(
+        [processes.tool("medgen"), "site", "connect", "."],
+        cwd=site,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + 60
+        while not (found := doctor.supernodes(SiteConfig.load(site))) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert found
+        assert found[0].environment is not None
+        assert posture.quiet("x", found, "y").status == "ok"
+    finally:
+        connection.terminate()
+        connection.wait(40)
+    assert doctor.supernodes(SiteConfig.load(site)) == ()
 
 
 # -- the coordinator ---------------------------------------------------------------------------------------------------
