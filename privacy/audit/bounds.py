@@ -203,7 +203,7 @@ def gaussian_lower_bound(
     return GaussianBound(mu, epsilon_of_mu(mu, delta))
 
 
-def _cells(counts: ThresholdCounts) -> Iterator[tuple[int, int, int, int]]:
+def cells(counts: ThresholdCounts) -> Iterator[tuple[int, int, int, int]]:
     """(TP, FN, FP, TN) at each threshold."""
     for hit, miss in zip(counts.hits_member, counts.hits_held_out, strict=True):
         yield hit, counts.trials_member - hit, miss, counts.trials_held_out - miss
@@ -212,13 +212,13 @@ def _cells(counts: ThresholdCounts) -> Iterator[tuple[int, int, int, int]]:
 def best_epsilon_lower_bound(counts: ThresholdCounts, delta: float, confidence: float = 0.95) -> float:
     """:func:`epsilon_lower_bound` maximised over all thresholds, corrected for having looked at all of them."""
     tests = len(counts.thresholds)
-    return max(epsilon_lower_bound(*cells, delta, confidence, tests) for cells in _cells(counts))
+    return max(epsilon_lower_bound(*cell, delta, confidence, tests) for cell in cells(counts))
 
 
 def best_gaussian_lower_bound(counts: ThresholdCounts, delta: float, confidence: float = 0.95) -> GaussianBound:
     """:func:`gaussian_lower_bound` maximised over all thresholds, corrected for having looked at all of them."""
     tests = len(counts.thresholds)
-    bounds = (gaussian_lower_bound(*cells, delta, confidence, tests) for cells in _cells(counts))
+    bounds = (gaussian_lower_bound(*cell, delta, confidence, tests) for cell in cells(counts))
     return max(bounds, key=lambda bound: bound.mu)
 
 
@@ -231,6 +231,13 @@ def power_ceiling(
     2.6
     """
     return epsilon_lower_bound(trials_member, 0, 0, trials_held_out, delta, confidence, comparisons)
+
+
+def gaussian_power_ceiling(
+    trials_member: int, trials_held_out: int, delta: float, confidence: float = 0.95, comparisons: int = 1
+) -> GaussianBound:
+    """:func:`power_ceiling` of the Gaussian bound."""
+    return gaussian_lower_bound(trials_member, 0, 0, trials_held_out, delta, confidence, comparisons)
 
 
 def promise_is_refuted(
