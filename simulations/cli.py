@@ -54,7 +54,9 @@ def bench(
     name: Annotated[str, typer.Argument(help="Benchmark name; `medgen bench list` lists them.")],
     run: Annotated[Path | None, typer.Option(help="A finished run folder, where the benchmark reads one.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the result to this JSON file.")] = None,
-    rows: Annotated[str, typer.Option(help="Rows of `tasks` to run, separated by commas; all by default.")] = "",
+    rows: Annotated[
+        str, typer.Option(help="Rows of `tasks`, parts of `federation`, separated by commas; all by default.")
+    ] = "",
     data: Annotated[
         Path, typer.Option(help="Folder of the real data sets, for rows of `tasks` that read them.")
     ] = Path("../shared/data"),

@@ -23,6 +23,7 @@ STANDS_ALONE: Mapping[str, str] = {
     "canaries": "how much of a promise 50,000 canaries an arm show: lower bounds on epsilon beside what was promised",
     "core-speed": "the smoke core: private and public training, sampling, and their growth with patients and tokens",
     "dp-step": "time and memory of a private step over a plain one, beside Opacus; scaling curves beside --json",
+    "federation": "an exchange over real processes beside stock Flower, masking, memory, a hundred sites; --rows for some",
     "frontier": "utility against epsilon, and one factor at a time around epsilon 8; goes on beside --json after an interruption",
     "shared-noise": "noise that sites share against full noise at each site: error, price, time (a prototype)",
     "tasks": "every task of one core beside the systems that do one each; --rows for some; goes on beside --json",
@@ -49,7 +50,7 @@ def run_benchmark(name: str, run: Path | None, json: Path | None, rows: str = ""
 
 
 def _measure(name: str, run: Path | None, json: Path | None, rows: str, data: Path | None) -> BenchResult:
-    if rows and name != "tasks":
+    if rows and name not in ("federation", "tasks"):
         raise ValueError(f"benchmark {name} has no rows to choose from: leave --rows out")
     if name in READS_A_RUN:
         if run is None:
@@ -86,8 +87,8 @@ def _read(name: str, run: Path) -> BenchResult:
 def _stand_alone(name: str, json: Path | None, rows: str, data: Path | None) -> BenchResult:
     """A benchmark that needs no run; each is imported only when it is asked for.
 
-    ``json`` is where the result will be written: a long benchmark keeps what it needs to go on beside it. ``rows`` and
-    ``data`` are for the one that has rows, some of them on real data.
+    ``json`` is where the result will be written: a long benchmark keeps what it needs to go on beside it. ``rows`` is
+    for those that have parts, ``data`` for the one with parts on real data.
     """
     match name:
         case "accounting":
@@ -106,6 +107,10 @@ def _stand_alone(name: str, json: Path | None, rows: str, data: Path | None) -> 
             from simulations.benchmarks import dp_step
 
             return dp_step.run(json.with_suffix(".png") if json is not None else None)
+        case "federation":
+            from simulations.benchmarks import federation
+
+            return federation.run([part.strip() for part in rows.split(",")] if rows else ())
         case "frontier":
             from simulations.benchmarks import frontier
 
