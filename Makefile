@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 # Idle threads sleep instead of spinning: two shared cores are the machine this is built for.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint types unit test-deploy accept-path accept-privacy accept-models clean install
+.PHONY: demo test lint types unit test-deploy accept-path accept-privacy accept-models accept-consortium clean install
 
 install: $(VENV)/.installed
 
@@ -48,6 +48,9 @@ accept-privacy: install
 
 accept-models: install
 	$(BIN)/python tests/acceptance/models.py $(if $(LINES),--lines $(LINES)) $(if $(WORK),--work $(WORK))
+
+accept-consortium: install
+	$(BIN)/python tests/acceptance/consortium.py $(if $(LINES),--lines $(LINES)) $(if $(WORK),--work $(WORK))
 
 clean:
 	rm -rf runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
