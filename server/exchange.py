@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from privacy.boundary.messages import (
@@ -183,10 +183,7 @@ class Exchange:
             bodies[node] = encoded.setdefault(id(request), b"") or to_bytes(request)
             encoded[id(request)] = bodies[node]
         begin = time.monotonic()
-        messages = [
-            Message(RecordDict({BODY: ConfigRecord({BODY: body})}), node, "query.ask", ttl=deadline_s)
-            for node, body in bodies.items()
-        ]
+        messages = [Message(parcel(body), node, "query.ask", ttl=deadline_s) for node, body in bodies.items()]
         names = list(self._grid.push_messages(messages)) if messages else []
         del messages
         waiting = {name: node for name, node in zip(names, bodies, strict=False) if name}
@@ -226,13 +223,27 @@ def _sender(message: Message, waiting: Mapping[str, int]) -> int:
     return waiting.get(message.metadata.reply_to_message_id, node) if message.has_error() else node
 
 
+def parcel(body: bytes) -> RecordDict:
+    """Bytes as Flower carries them best: an array goes in pieces of 5 MB, each sent again by itself where a line breaks."""
+    return RecordDict({BODY: ArrayRecord({BODY: Array("uint8", (len(body),), "bytes", body)})})
+
+
+def contents(message: Message) -> bytes:
+    """Inverse of :func:`parcel`; nothing for a message that holds something else.
+
+    Raises:
+        KeyError: it holds nothing under our name.
+    """
+    record = message.content[BODY]  # its view of array records would hold it, and the body, in a cycle
+    body = record[BODY] if isinstance(record, ArrayRecord) else None
+    return body.data if isinstance(body, Array) else b""
+
+
 def _read(message: Message) -> Reply:
     """The reply in a message; anything that is not one is a lost site."""
     if message.has_error():
         return UNAVAILABLE
     try:
-        record = message.content[BODY]  # its view of config records would hold it, and the body, in a cycle
-        body = record[BODY] if isinstance(record, ConfigRecord) else b""
-        return cast(Reply, parse_as(body if isinstance(body, bytes) else b"", REPLIES))
+        return cast(Reply, parse_as(contents(message), REPLIES))
     except (Refused, KeyError):
         return UNAVAILABLE

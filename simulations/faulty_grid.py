@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from privacy.boundary.messages import REQUESTS, Request, parse_as
-from server.exchange import BODY
+from server.exchange import contents
 
 NODE_UNAVAILABLE = 5  # Flower's code for a node whose heartbeat has stopped
 
@@ -100,8 +100,7 @@ class FaultyGrid(Grid):
         return replies
 
     def _carry(self, message: Message) -> str:
-        body = message.content.config_records[BODY][BODY]
-        request = cast(Request, parse_as(cast(bytes, body), REQUESTS))
+        request = cast(Request, parse_as(contents(message), REQUESTS))
         fault = self._script(message.metadata.dst_node_id, request)
         name = uuid.uuid4().hex
         replies: list[Message] = []

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
@@ -41,7 +41,7 @@ from privacy.identity import IdentityKey, MaskingKey
 from privacy.masking import Cohort, Party, mask, quantise, unmask_seeds
 from server.aggregation import Aggregator, Ask
 from server.events import EventLog
-from server.exchange import BODY, Exchange
+from server.exchange import Exchange, contents, parcel
 from server.runfolder import RunFolder
 from simulations.benchmarks.runner import Row
 from simulations.grid import InProcessGrid
@@ -189,10 +189,9 @@ class StandIns:
         for name in message_ids:
             message = self._sent.pop(name)
             message.metadata.__dict__["_message_id"] = name
-            body = cast(bytes, message.content.config_records[BODY][BODY])
             site = list(self._parties)[message.metadata.dst_node_id - 1]
-            reply = self._answer(site, cast(Request, parse_as(body, REQUESTS)))
-            found.append(Message(RecordDict({BODY: ConfigRecord({BODY: to_bytes(reply)})}), reply_to=message))
+            reply = self._answer(site, cast(Request, parse_as(contents(message), REQUESTS)))
+            found.append(Message(parcel(to_bytes(reply)), reply_to=message))
         return found
 
     def _answer(self, site: str, request: Request) -> Reply:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.agent import SiteAgent
@@ -52,11 +52,15 @@ def carry(sites: Path | str, content: RecordDict, partition: object = 0) -> byte
     grid = InProcessGrid(app, 8, {"sites-dir": str(sites)})
     (reply,) = grid.send_and_receive([Message(content, 100 + int(str(partition)), "query.ask")])
     assert not reply.has_error()
-    body = reply.content.config_records[BODY][BODY]
-    assert isinstance(body, bytes)
-    assert list(reply.content.config_records) == [BODY]
-    assert list(reply.content.config_records[BODY]) == [BODY]
-    return body
+    return body_of(reply)
+
+
+def body_of(reply: Message) -> bytes:
+    """The one thing that a reply holds."""
+    assert (list(reply.content), list(reply.content.array_records[BODY])) == ([BODY], [BODY])
+    body = reply.content.array_records[BODY][BODY]
+    assert body.shape == (len(body.data),)
+    return body.data
 
 
 def deployed(
@@ -68,13 +72,12 @@ def deployed(
     message.metadata.__dict__["_message_id"] = "1"
     config = {"agent-socket": str(place), **node}
     reply = ask(message, Context(run_id=1, node_id=7, node_config=config, state=RecordDict(), run_config=run or {}))
-    answer = reply.content.config_records[BODY][BODY]
-    assert isinstance(answer, bytes)
-    assert (list(reply.content), list(reply.content.config_records[BODY])) == ([BODY], [BODY])
-    return answer
+    return body_of(reply)
 
 
 def parcel(body: object) -> RecordDict:
+    if isinstance(body, bytes):
+        return RecordDict({BODY: ArrayRecord({BODY: Array("uint8", (len(body),), "bytes", body)})})
     return RecordDict({BODY: ConfigRecord({BODY: body})})  # type: ignore[dict-item]
 
 
@@ -231,17 +234,17 @@ def test_one_message_over_the_socket_loads_neither_torch_nor_the_rooms_behind_it
         tmp_path / "a.sock",
         """
 import sys
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 import client.app
 TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 opened = []
 sys.addaudithook(lambda name, args: opened.append(f"{name} {args[0]}") if name in ("open", "os.listdir", "os.scandir") else None)
-message = Message(RecordDict({"body": ConfigRecord({"body": b"question"})}), 100, "query.ask")
+message = Message(client.app.parcel(b"question"), 100, "query.ask")
 message.metadata.__dict__["_message_id"] = "1"
 context = Context(run_id=1, node_id=7, node_config={"agent-socket": sys.argv[1]}, state=RecordDict(), run_config={})
 reply = client.app.ask(message, context)
-assert reply.content.config_records["body"]["body"] == b"answer"
+assert reply.content["body"]["body"].data == b"answer"
 print([m for m in ("torch", "medgen_models", "privacy", "client.agent", "pandas") if m in sys.modules], opened)
 """,
     )

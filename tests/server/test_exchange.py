@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from privacy.boundary.messages import (
@@ -29,7 +29,7 @@ from privacy.identity import IdentityKey, MaskingKey
 from privacy.nodekey import make_node_key, node_public_line
 from server import exchange as module
 from server.events import EventLog
-from server.exchange import BODY, UNAVAILABLE, Exchange, StudyStopped
+from server.exchange import BODY, UNAVAILABLE, Exchange, StudyStopped, contents, parcel
 from simulations.grid import InProcessGrid
 
 Answer = Callable[[bytes], Any]
@@ -73,15 +73,14 @@ class Grid:
         node = message.metadata.dst_node_id
         self.lives.append(message.metadata.ttl)
         self.asked.append(node)
-        body = message.content.config_records[BODY][BODY]
-        assert isinstance(body, bytes)
+        body = contents(message)
         name = f"{node}-{len(self.asked)}"
         message.metadata.__dict__["_message_id"] = name
         if node not in self.nodes:
             return ""  # as Flower names a message for a node that was unregistered
         answer = self.nodes[node](body)
         if isinstance(answer, bytes):
-            answer = RecordDict({BODY: ConfigRecord({BODY: answer})})
+            answer = parcel(answer)
         if answer is not None:
             self.replies[name] = Message(answer, reply_to=message)
         return name
@@ -150,10 +149,11 @@ def test_a_missing_site_costs_the_deadline_and_no_more(events: EventLog) -> None
         to_bytes(CapabilitiesRequest("study")),
         Error(2, "sub-0007 in /patients/secret.nii.gz"),
         RecordDict(),
-        RecordDict({BODY: ConfigRecord({BODY: "text"})}),
+        RecordDict({BODY: ConfigRecord({BODY: to_bytes(PartsMissing(()))})}),
+        RecordDict({BODY: ArrayRecord({"other": Array("uint8", (1,), "bytes", b"x")})}),
         RecordDict({BODY: ConfigRecord({"other": b"x"})}),
     ],
-    ids=["late", "empty", "garbage", "a request", "error", "no record", "text", "other key"],
+    ids=["late", "empty", "garbage", "a request", "error", "no record", "another record", "another key", "neither"],
 )
 def test_whatever_is_no_reply_is_an_unavailable_site(events: EventLog, answer: Any) -> None:
     good = site("east")
@@ -171,7 +171,7 @@ def test_whatever_is_no_reply_is_an_unavailable_site(events: EventLog, answer: A
 def test_a_reply_of_a_node_that_was_not_asked_is_dropped(events: EventLog) -> None:
     class Talkative(Grid):
         def pull_messages(self, names: Iterable[str]) -> Iterable[Message]:
-            uninvited = Message(RecordDict({BODY: ConfigRecord({BODY: b"x"})}), 9, "query.ask")
+            uninvited = Message(parcel(b"x"), 9, "query.ask")
             uninvited.metadata.__dict__["_src_node_id"] = 4
             return [uninvited, *super().pull_messages(names)]
 
