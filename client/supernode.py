@@ -145,8 +145,8 @@ def _run(link: Uplink, agent: Path, home: Path, key: str, ended: threading.Event
     """One life of a SuperNode; returns when it has ended, with all that it started."""
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     process = subprocess.Popen(
-        _command(link, agent),
-        env=_environment(home),
+        command(link, agent),
+        env=environment(home),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -202,7 +202,8 @@ def _why(link: Uplink, key: str, tail: deque[str], code: int) -> str:
     return f"the SuperNode ended with code {code}; starting it again. Its last words:\n{words}"
 
 
-def _command(link: Uplink, agent: Path) -> list[str]:
+def command(link: Uplink, agent: Path) -> list[str]:
+    """Flower's SuperNode with this site's endpoint, authority, key and agent, its own Runtime API on a free port of loopback."""
     with socket.socket() as probe:  # several SuperNodes on one machine must not meet on Flower's one default port
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -230,7 +231,7 @@ def _command(link: Uplink, agent: Path) -> list[str]:
     ]
 
 
-def _environment(home: Path) -> dict[str, str]:
+def environment(home: Path) -> dict[str, str]:
     """Ours, kept quiet; Flower's helpers are found first in our own environment, and reach each other past any proxy."""
     tools = str(Path(sys.executable).parent)
     path = os.pathsep.join((tools, os.environ.get("PATH", "")))

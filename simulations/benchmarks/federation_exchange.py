@@ -25,9 +25,9 @@ from privacy.boundary.messages import CapabilitiesRequest, MaskedAnswer, RoundTa
 from server import processes
 from server.flower import Flower, write_bundle
 from simulations import hospitals
+from simulations.benchmarks.federation_parts import Watched, part_rows, parts_of
 from simulations.benchmarks.federation_sites import specs, tiny_schema
 from simulations.benchmarks.runner import Row
-from simulations.consortium import Consortium
 
 SITES = 2
 EXCHANGES = 5
@@ -60,15 +60,16 @@ def main(grid: Grid, context: Context) -> None:
     sites = str(context.run_config["sites-dir"]).split(",")
     exchange = Exchange(grid, 300.0, EventLog(out / "events.jsonl"))
     found = exchange.discover("bench", sites)
-    seconds = []
+    seconds, begins = [], []
     for number in range(int(str(context.run_config["exchanges"]))):
         data = number.to_bytes(4, "big") * int(str(context.run_config["weights"]))
         part = PartPut(hashlib.sha256(data).hexdigest(), data)
+        begins.append(time.time())
         start = time.monotonic()
         answers = exchange.ask(dict.fromkeys(found, part))
         seconds.append(time.monotonic() - start)
         assert {type(answer).__name__ for answer in answers.values()} == {"PartStored"}, answers
-    (out / "seconds.partial").write_text(json.dumps({"sites": [len(found)], "seconds": seconds}))
+    (out / "seconds.partial").write_text(json.dumps({"sites": [len(found)], "seconds": seconds, "begins": begins}))
     (out / "seconds.partial").rename(out / "seconds.json")
 '''
 
@@ -135,7 +136,7 @@ def train(message: Message, context: Context) -> Message:
 def rows(exchanges: int = EXCHANGES, weights: int = WEIGHTS) -> list[Row]:
     """Median seconds with the parts that can be told, and bytes, of ours and of the stock app."""
     with TemporaryDirectory(prefix="medgen-exchange-") as place:
-        ours, socket_s = our_seconds(Path(place) / "ours", exchanges, weights)
+        ours, socket_s, parts = our_seconds(Path(place) / "ours", exchanges, weights)
         stock, stock_bytes = stock_seconds(Path(place) / "stock", exchanges, weights)
     task = len(to_bytes(_task(weights)))
     answer = len(to_bytes(MaskedAnswer("1" * 64, {"trunk": np.zeros(weights, np.uint32)}, 1, "2" * 64)))
@@ -153,6 +154,7 @@ def rows(exchanges: int = EXCHANGES, weights: int = WEIGHTS) -> list[Row]:
                 "longest wait between two looks of the coordinator": POLL_S,
             },
         ),
+        *part_rows(parts),
         Row(
             measure=f"bytes from a site, one masked answer of {weights / 1e6:g} M numbers",
             value=float(answer),
@@ -168,11 +170,11 @@ def rows(exchanges: int = EXCHANGES, weights: int = WEIGHTS) -> list[Row]:
     ]
 
 
-def our_seconds(place: Path, exchanges: int, weights: int) -> tuple[list[float], float]:
-    """Seconds of each exchange after the roll call, and median seconds of the same request at one agent's socket."""
+def our_seconds(place: Path, exchanges: int, weights: int) -> tuple[list[float], float, list[tuple[float, ...]]]:
+    """Seconds of each exchange after the roll call, median seconds of an agent over its socket, and parts of each exchange."""
     place.mkdir()
     made = hospitals.make_hospitals(place / "hospitals", specs(SITES), tiny_schema(), 11)
-    consortium = Consortium(place, {folder.name: folder for folder in made})
+    consortium = Watched(place, {folder.name: folder for folder in made})
     consortium.give_kits()
     bundle = _bundle(place / "app")
     with consortium.running():
@@ -193,7 +195,9 @@ def our_seconds(place: Path, exchanges: int, weights: int) -> tuple[list[float],
             at_socket.append(time.monotonic() - start)
     if found["sites"] != [SITES]:
         raise ValueError(f"expected {SITES} sites at the roll call, got {found['sites']}; see {place}")
-    return list(found["seconds"]), statistics.median(at_socket)
+    spans = zip(found["begins"], found["seconds"], strict=True)
+    parts = [parts_of(begin, begin + seconds, consortium.said) for begin, seconds in spans]
+    return list(found["seconds"]), statistics.median(at_socket), parts
 
 
 def stock_seconds(place: Path, exchanges: int, weights: int) -> tuple[list[float], float]:

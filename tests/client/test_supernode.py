@@ -70,8 +70,8 @@ def test_a_connection_that_has_given_up_ends_the_process(tmp_path: Path) -> None
     """Flower's own command would stay, signed in and deaf, for ever."""
     with superlink(tmp_path) as link, (tmp_path / "said").open("wb") as said:
         process = subprocess.Popen(
-            supernode._command(link, tmp_path / "agent.sock"),
-            env=supernode._environment(tmp_path / "home"),
+            supernode.command(link, tmp_path / "agent.sock"),
+            env=supernode.environment(tmp_path / "home"),
             stdout=said,
             stderr=said,
             start_new_session=True,

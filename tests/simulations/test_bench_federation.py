@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from simulations.benchmarks import federation, federation_masking, federation_sites
+from simulations.benchmarks.federation_parts import part_rows, parts_of
 
 
 def test_masking_is_beside_the_same_step_of_flower() -> None:
@@ -54,3 +55,27 @@ def test_growth_is_an_exponent() -> None:
 def test_an_unknown_part_is_named() -> None:
     with pytest.raises(ValueError, match="no part nothing; known are masking, memory, exchange, sites"):
         federation.run(["nothing"])
+
+
+# -- where the seconds go ----------------------------------------------------------------------------------------------
+
+
+def words(fetched: float, running: float, sending: float) -> list[tuple[float, str]]:
+    said = [(fetched, "Receiving: query.ask message"), (running, "Start `flwr-clientapp` process")]
+    return [
+        (1.0, "Receiving: query.ask message"),
+        *said,
+        (sending, "Sending: query.ask message"),
+    ]  # the first is of another
+
+
+def test_the_parts_are_those_of_the_slowest_site_and_add_up() -> None:
+    said = {"east": words(11.0, 13.0, 14.0), "west": words(12.5, 14.5, 15.0)}
+    assert parts_of(10.0, 15.5, said) == (2.5, 2.0, 0.5, 0.5)
+    rows = part_rows([(2.5, 2.0, 0.5, 0.5), (1.5, 1.0, 0.5, 0.5)])
+    assert [row.value for row in rows] == [2.0, 1.5, 0.5, 0.5]
+
+
+def test_a_supernode_with_other_words_is_an_error_and_no_figure() -> None:
+    with pytest.raises(ValueError, match="other words"):
+        parts_of(10.0, 20.0, {"east": words(11.0, 13.0, 14.0)[:3]})
