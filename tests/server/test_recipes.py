@@ -339,8 +339,12 @@ def test_the_wheelhouse_installs_offline_and_refuses_a_changed_wheel(tmp_path: P
 
     write_recipes(Config(), tmp_path / "coordinator")
     script = str(tmp_path / "coordinator" / "deploy" / "wheelhouse.sh")
-    subprocess.run(["sh", script, str(house), str(tmp_path / "medgen"), "little-lamb"], check=True, env=offline)
+    words = ["sh", script, str(house), str(tmp_path / "medgen")]
+    missing = subprocess.run([*words, "big-wolf"], env=offline, capture_output=True, text=True)
+    assert (missing.returncode, missing.stderr) == (1, "big-wolf: not installed here\n")
+    subprocess.run([*words, "little-lamb"], check=True, env=offline)
 
+    assert not (tmp_path / "medgen" / "build").exists()
     lines = (house / "requirements.txt").read_text().splitlines()
     digests = {hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in house.glob("*.whl")}
     assert [line.split(" ")[0] for line in lines] == ["little_lamb==1.2+cpu", "medgen==1.2+cpu"]
