@@ -75,6 +75,7 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "server start": ("coordinator", "--foreground"),
     "server stop": ("coordinator",),
     "server doctor": ("folder", "--json"),
+    "server recipes": ("folder", "--mutual-tls"),
     "study plan": (
         "study",
         "--coordinator",
@@ -92,6 +93,7 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "study stop": ("run", "--coordinator"),
     "release verify": ("bundle", "--key"),
     "audit report": ("run", "--out"),
+    "audit run": ("--members", "--holdout", "--synthetic", "--out", "--reference", "--policy", "--kinds", "--seed"),
 }
 
 
@@ -164,6 +166,7 @@ print(json.dumps([codes, heavy]))
         ["site", "check", "/nowhere", "--schema", "/nowhere"],
         ["release", "verify", "/nowhere", "--key", "/nowhere"],
         ["audit", "report", "/nowhere"],
+        ["audit", "run", "--members", "/nowhere"],
         ["bench"],
         ["pretrain"],
         ["pretrain", "--out", "x", "--dial", "3"],

@@ -35,7 +35,6 @@ PUBLIC = {
     "privacy/audit/bayesian.py": "counts that are published or stay at the coordinator",
     "privacy/audit/bounds.py": "coins and counts that are published or stay at the coordinator",
     "privacy/audit/gates.py": "published counts",
-    "privacy/audit/multiplicity.py": "counts and p-values that are published or stay at the coordinator",
     "privacy/audit/one_run.py": "coins and counts that are published or stay at the coordinator",
     "privacy/boundary/plan.py": "declared numbers of the roster",
     "privacy/gradients.py": "times of a trial on made-up patients",
@@ -45,6 +44,21 @@ PUBLIC = {
     "privacy/restore.py": "heads of ledgers",
 }
 """Modules that summarise something, and what: never a patient."""
+
+STANDALONE = (
+    "privacy/audit/copies.py",
+    "privacy/audit/density.py",
+    "privacy/audit/discriminator.py",
+    "privacy/audit/mixed.py",
+    "privacy/audit/neighbours.py",
+    "privacy/audit/predicates.py",
+    "privacy/audit/risks.py",
+    "privacy/audit/standalone.py",
+    "privacy/audit/table_attacks.py",
+    "privacy/audit/table_gates.py",
+)
+"""The audit of a table that somebody else made. It looks at patients, as an attacker with the tables would, and its scales
+come from them; it runs by hand where the tables lie, no stage or message of a study calls it, and the test below says so."""
 
 IMAGE = "one image's own values; no other patient is read"
 SAME = "joins rows of tables at the site; what comes out is the patient's own record"
@@ -121,7 +135,8 @@ def everywhere() -> dict[tuple[str, str], list[str]]:
 
 
 def test_every_summary_of_a_private_batch_has_its_reason() -> None:
-    strange = {place: what for place, what in everywhere().items() if place[0] not in PUBLIC and place not in ALLOWED}
+    known = {*PUBLIC, *STANDALONE}
+    strange = {place: what for place, what in everywhere().items() if place[0] not in known and place not in ALLOWED}
     assert strange == {}, "make it a query of privacy/statistics.py, or name it here with the reason"
 
 
@@ -130,6 +145,16 @@ def test_no_reason_outlives_its_summary() -> None:
     assert set(ALLOWED) - set(found) == set()
     assert set(PUBLIC) - {module for module, _ in found} == set()
     assert all(len(reason) > 8 for reason in (*ALLOWED.values(), *PUBLIC.values()))
+
+
+def test_no_stage_of_a_study_reaches_the_standalone_audit() -> None:
+    names = {module.removesuffix(".py").replace("/", ".") for module in STANDALONE}
+    for path in sorted(path for room in (*ROOMS, "server") for path in (ROOT / room).rglob("*.py")):
+        module = path.relative_to(ROOT).as_posix()
+        if module in STANDALONE or module.startswith("server/audit_"):
+            continue
+        source = path.read_text(encoding="utf-8")
+        assert not [name for name in names if re.search(rf"\b{re.escape(name)}\b", source)], module
 
 
 @pytest.mark.parametrize(
