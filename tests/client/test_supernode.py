@@ -15,7 +15,7 @@ import pytest
 
 from client import supernode
 from client.joining import Uplink
-from privacy.nodekey import make_node_key
+from privacy.nodekey import make_node_key, node_fingerprint, node_public_line
 from server.authority import make_authority, make_server_certificate
 
 ACTIVATED = b"\x08\x05"  # ActivateNodeResponse(node_id=5)
@@ -95,3 +95,40 @@ def test_an_outbound_proxy_without_its_certificate_is_named(tmp_path: Path) -> N
         (tmp_path / "supernode" / "endpoint.json").write_text(f'{{"host": "localhost", "port": {link.port}}}')
     with pytest.raises(ValueError, match=r"loopback\.crt.*certificates\.sh"):
         supernode.connect(tmp_path, lambda text: None, outbound=9444)
+
+
+# -- what is wrong, where, and what to do ------------------------------------------------------------------------------
+
+
+def test_the_coordinator_of_the_kit_is_reached(tmp_path: Path) -> None:
+    with superlink(tmp_path) as link:
+        supernode.reach(link)
+
+
+def test_whoever_shows_another_certificate_is_told_apart_from_nobody(tmp_path: Path) -> None:
+    with superlink(tmp_path) as link:
+        (tmp_path / "other.crt").write_bytes(make_authority("north").certificate_pem)
+        other = Uplink(link.host, link.port, tmp_path / "other.crt", link.key)
+        with pytest.raises(supernode.WrongCertificate, match=r"localhost:\d+: .*proxy opens TLS.*clock.*renew"):
+            supernode.reach(other)
+        with pytest.raises(
+            supernode.WrongCertificate, match=r"127\.0\.0\.2"
+        ):  # a name that the certificate does not hold
+            supernode.reach(Uplink("127.0.0.2", link.port, link.authority, link.key))
+        port = link.port
+    gone = Uplink("localhost", port, link.authority, link.key)
+    with pytest.raises(ValueError, match=r"nobody answers over TLS.*firewall") as found:
+        supernode.reach(gone)
+    assert not isinstance(found.value, supernode.WrongCertificate)
+    with pytest.raises(ValueError, match="no such name"):
+        supernode.reach(Uplink("nowhere.invalid", port, link.authority, link.key))
+
+
+def test_a_site_that_a_superlink_does_not_know_hears_its_own_fingerprint(tmp_path: Path) -> None:
+    with superlink(tmp_path) as link:
+        pass
+    line = node_public_line(link.key.read_bytes())
+    why = supernode._why(link, line, deque(["[code: 20102] No SuperNode found"]), 1)
+    assert node_fingerprint(line) in why
+    assert "medgen server roster" in why
+    assert node_fingerprint(line) not in supernode._why(link, line, deque(["Killed"]), -9)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -102,18 +105,17 @@ def wait_for_round(folder: RunFolder, stage: str, number: int, patience_s: float
         time.sleep(0.5)
 
 
-def test_three_hospitals_over_superlink_and_supernodes_train_what_one_process_trains(
-    consortium: Consortium, in_one_process: Mapping[str, Any], tmp_path: Path
-) -> None:
+@contextlib.contextmanager
+def study_running(consortium: Consortium, root: Path) -> Iterator[tuple[RunFolder, subprocess.Popen[str]]]:
+    """The study planned, signed, started by `medgen study run`, and approved by every hospital."""
     at = ("--coordinator", consortium.folder)
-    model = tmp_path / "model"
+    model = root / "model"
     planned = medgen(
-        *("study", "plan", tmp_path / "study.toml", *at, "--run", "tiny", "--sites", ",".join(SITES)),
-        *("--public-model", model, "--schema", tmp_path / "schema.json", "--public-batch", model / REFERENCE_FILE),
+        *("study", "plan", root / "study.toml", *at, "--run", "tiny", "--sites", ",".join(SITES)),
+        *("--public-model", model, "--schema", root / "schema.json", "--public-batch", model / REFERENCE_FILE),
     )
     assert "not private" in planned
     assert "signed" in medgen("study", "sign", "tiny", *at)
-    folder = RunFolder(consortium.config.studies / "tiny")
     with subprocess.Popen(
         [processes.tool("medgen"), "study", "run", "tiny", *map(str, at), "--approval-wait", "300"],
         stdout=subprocess.PIPE,
@@ -122,34 +124,67 @@ def test_three_hospitals_over_superlink_and_supernodes_train_what_one_process_tr
     ) as run:
         try:
             approve_everywhere(consortium)
-            wait_for_round(folder, "core", 0)
-            medgen("study", "stop", "tiny", *at)
-            said, _ = run.communicate(timeout=200)
+            yield RunFolder(consortium.config.studies / "tiny"), run
         finally:
             run.kill()
+
+
+def check_result(consortium: Consortium, folder: RunFolder, expected: Mapping[str, Any], spares: int) -> None:
+    """The weights of one process, no round done twice, intact ledgers, and no more spares used than said."""
+    last = Checkpoints(folder.checkpoints).last("core")
+    assert last is not None
+    assert set(last.arrays) == set(expected)
+    step = StudyPlan.from_bytes(folder.plan.read_bytes()).quantisation.update
+    for name, value in expected.items():
+        np.testing.assert_allclose(last.arrays[name], value, rtol=0, atol=step, err_msg=name)
+    events = list(EventLog(folder.events).read())
+    rounds = [(event["stage"], event["round"]) for event in events if event["kind"] == "round"]
+    assert len(rounds) == len(set(rounds))
+    for name in SITES:
+        with Ledger.open(consortium.sites[name] / "ledger.sqlite", name, writable=False) as ledger:
+            ledger.verify()
+            (account,) = ledger.summary().plans
+            assert sum(stage.spares_used for stage in account.stages) <= spares
+
+
+def test_three_hospitals_over_superlink_and_supernodes_train_what_one_process_trains(
+    consortium: Consortium, in_one_process: Mapping[str, Any], tmp_path: Path
+) -> None:
+    """Stopped in order after a round, and resumed."""
+    at = ("--coordinator", consortium.folder)
+    with study_running(consortium, tmp_path) as (folder, run):
+        wait_for_round(folder, "core", 0)
+        medgen("study", "stop", "tiny", *at)
+        said, _ = run.communicate(timeout=200)
     assert run.returncode == 1, said
     assert "stopped in order" in said
     assert read_status(folder).standing == "stopped"
     assert "verdict" in medgen("study", "resume", "tiny", *at)
-
-    last = Checkpoints(folder.checkpoints).last("core")
-    assert last is not None
-    assert set(last.arrays) == set(in_one_process)
-    step = StudyPlan.from_bytes(folder.plan.read_bytes()).quantisation.update
-    for name, value in in_one_process.items():
-        np.testing.assert_allclose(last.arrays[name], value, rtol=0, atol=step, err_msg=name)
-
+    check_result(consortium, folder, in_one_process, spares=0)
     status = read_status(folder)
     assert status.standing == "finished"
     assert set(status.sites) == set(SITES)
     assert all(traffic.from_site > 0 and traffic.median_s > 0 for traffic in status.traffic.values())
     assert "finished" in medgen("study", "status", "tiny", *at)
-    events = list(EventLog(folder.events).read())
-    assert not [event for event in events if event["kind"] == "discarded"]
-    rounds = [(event["stage"], event["round"]) for event in events if event["kind"] == "round"]
-    assert len(rounds) == len(set(rounds))  # nothing was done twice
-    for name in SITES:
-        with Ledger.open(consortium.sites[name] / "ledger.sqlite", name, writable=False) as ledger:
-            ledger.verify()
-            (account,) = ledger.summary().plans
-            assert all(stage.spares_used == 0 for stage in account.stages)
+
+
+def test_superlink_and_coordinator_killed_in_a_round_and_a_supernode_with_them(
+    consortium: Consortium, in_one_process: Mapping[str, Any], tmp_path: Path
+) -> None:
+    """A new SuperLink finds its sites again, and the study goes on from its last round."""
+    at = ("--coordinator", consortium.folder)
+    with study_running(consortium, tmp_path) as (folder, run):
+        wait_for_round(folder, "core", 0)
+        time.sleep(4.0)  # the next round is under way
+        pid = consortium.link.pid()
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        consortium.stop_node(SITES[0])
+        said, _ = run.communicate(timeout=200)
+    assert run.returncode == 1, said
+    assert "medgen server start" in said
+    assert read_status(folder).standing == "interrupted"
+    assert "may sign in" not in medgen("server", "start", consortium.folder)  # it knows them all
+    consortium.start_node(SITES[0])
+    assert "verdict" in medgen("study", "resume", "tiny", *at)
+    check_result(consortium, folder, in_one_process, spares=1)
