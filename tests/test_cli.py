@@ -76,6 +76,7 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "server stop": ("coordinator",),
     "server doctor": ("folder", "--json"),
     "server recipes": ("folder", "--mutual-tls"),
+    "server recipes": ("folder", "--mutual-tls"),
     "study plan": (
         "study",
         "--coordinator",

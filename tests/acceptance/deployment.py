@@ -3,7 +3,8 @@
     python tests/acceptance/deployment.py [--work FOLDER]
 
 A coordinator behind nginx and three hospitals, from nothing to a finished study, in under thirty minutes. Needs nginx. Whatever
-happens, every process that the blocks started is ended by its id: they all carry a mark in their environment.
+happens, every process that the blocks started is ended by its id: each has a mark in its environment or this trial's own folder in its
+command.
 """
 
 from __future__ import annotations
@@ -102,8 +103,9 @@ class Shell:
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                marked = f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+                if marked or f"{self.place}/" in words:  # nginx wipes its environment, and names our folder
                     found[int(folder.name)] = words[:120]
         found.pop(self._shell.pid, None)
         return {pid: words for pid, words in found.items() if words}

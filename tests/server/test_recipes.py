@@ -403,6 +403,24 @@ def test_an_image_is_built_where_a_daemon_exists(tmp_path: Path) -> None:
     subprocess.run(build, check=True, capture_output=True)
 
 
+def test_the_command_writes_them_again_and_says_whether_certificates_are_asked_for(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from server.cli import server_app
+    from server.coordinator import make_coordinator
+
+    make_coordinator(tmp_path / "north", host=HOST)
+    conf = tmp_path / "north" / "deploy" / "fleet.conf"
+    assert "ssl_verify_client on;" not in conf.read_text()
+    done = CliRunner().invoke(server_app, ["recipes", str(tmp_path / "north"), "--mutual-tls"])
+    assert (done.exit_code, "mutual TLS is on" in done.output) == (0, True)
+    assert "ssl_verify_client on;" in conf.read_text()
+    (tmp_path / "north" / "server.toml").write_text("")
+    done = CliRunner().invoke(server_app, ["recipes", str(tmp_path / "north")])
+    assert done.exit_code == 1
+    assert "refused" in done.output
+
+
 def test_names_that_a_configuration_would_read_as_more_are_refused(tmp_path: Path) -> None:
     for config in (Config(host="a;return 200"), Config(name="two words"), Config(host="")):
         with pytest.raises(ValueError, match="expected letters"):
