@@ -12,12 +12,13 @@ from pathlib import Path
 
 from safetensors.numpy import save
 
+from medgen_models.assembly import assemble
 from medgen_models.batches import batch_to_bytes
 from medgen_models.prototypes import levels_of
 from medgen_models.public_model import CARD_FILE, WEIGHTS_FILE, PublicModel
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.table_prior import choose_pairs, default_queries, encode_rows, public_positions
-from privacy.boundary.messages import PlanProposal
+from privacy.boundary.messages import MAX_BYTES, MAX_HEADER_BYTES, PlanProposal
 from privacy.boundary.plan import Part, RosterEntry, StudyPlan
 from privacy.boundary.signing import sign_plan
 from privacy.identity import IdentityKey
@@ -94,6 +95,22 @@ def public_facts(
     )
 
 
+def check_message(study: StudyConfig, model: PublicModel) -> None:
+    """Refuse a study whose weights would not fit into one message, before anybody is asked to approve it.
+
+    Raises:
+        ValueError: they do not.
+    """
+    start = assemble(model, {}, study.core.group, study.core.lora_rank)
+    trained = [*start.core_weights().values(), *start.codec_weights(study.codec.slots).values()]
+    size = 4 * sum(value.numel() for value in trained)
+    if size > MAX_BYTES - MAX_HEADER_BYTES:
+        raise ValueError(
+            f"study.core.group = {study.core.group!r}: a round's weights are {size / 2**20:.1f} MiB, and a message holds "
+            f"{(MAX_BYTES - MAX_HEADER_BYTES) / 2**20:.0f}; train 'attention' or 'lora', fewer codecs, or a smaller core"
+        )
+
+
 def make_plan(
     study: StudyConfig,
     schema: Schema,
@@ -105,8 +122,9 @@ def make_plan(
     """The plan of a study over ``roster``; nothing of it is written.
 
     Raises:
-        ValueError: as :func:`server.planning.build_plan`.
+        ValueError: as :func:`server.planning.build_plan`, or the trained weights do not fit into one message.
     """
+    check_message(study, model)
     facts = public_facts(study, schema, model, public, folder)
     return build_plan(study, schema, facts, roster, folder.signing_key().public)
 
