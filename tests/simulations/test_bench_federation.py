@@ -10,7 +10,7 @@ from simulations.benchmarks.federation_parts import part_rows, parts_of
 
 
 def test_masking_is_beside_the_same_step_of_flower() -> None:
-    *speeds, size = federation_masking.masking(numbers=2000, cohorts=(3,), repeats=1)
+    *speeds, size, packed = federation_masking.masking(numbers=2000, cohorts=(3,), repeats=1)
     assert size.peers["Flower SecAgg+"] == 8.0  # as it keeps them: 64-bit integers
     assert 4.0 < size.value < 4.2  # type: ignore[operator]
     assert size.bar == federation_masking.OURS_BYTES
@@ -19,6 +19,15 @@ def test_masking_is_beside_the_same_step_of_flower() -> None:
     assert speed.peers["times faster"] == pytest.approx(
         speed.peers["M numbers a second"] / speed.peers["Flower SecAgg+, M numbers a second"]
     )
+
+    assert packed == federation_masking.packing()
+
+
+def test_packed_bits_hold_every_site_at_its_bound_without_wrapping() -> None:
+    row = federation_masking.packing(rate=1.0, steps=16)  # spread 4, grid 1, bound 51.2
+    for sites, bits in ((5, row.value), (20, row.peers["20 sites"])):
+        assert bits is not None
+        assert sites * 2 * 51.2 <= 2**bits < 2 * sites * 2 * 51.2 * 1.0001
 
 
 def test_flowers_masks_cancel_in_its_own_sum() -> None:
