@@ -66,6 +66,7 @@ def write_recipes(
         "host": host,
         "port": port,
         "address": address,
+        "authority": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         "family": "ip6" if ":" in address else "ip",
         "proxy": proxy,
         "gpu": gpu,

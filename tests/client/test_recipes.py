@@ -214,6 +214,8 @@ def test_the_firewall_lets_the_node_call_the_coordinator_alone_and_the_agent_nob
 def test_the_firewall_table_names_an_address_where_there_is_one(host: str, tmp_path: Path) -> None:
     write_recipes(make_site(tmp_path / "site", host=host), tmp_path / "out")
     table = (tmp_path / "out" / "nftables.conf").read_text()
+    authority = f"[{host}]:443" if ":" in host else f"{host}:443"
+    assert f"server {authority};" in (tmp_path / "out" / "outbound.conf").read_text()
     assert (f"daddr {host} tcp dport 443 accept" in table) == (host[0] != "c")
     named = table.replace('"medgen-node"', '"daemon"').replace('"medgen-agent"', '"nobody"')
     done = subprocess.run([tool("nft"), "--check", "--file", "-"], input=named, capture_output=True, text=True)
@@ -293,27 +295,28 @@ def started(port: int, *words: str) -> subprocess.Popen[bytes]:
 class Config:
     port: int
     superlink_port: int
+    host: str
     name: str = "north"
-    host: str = "localhost"
     control_port: int = 8000
 
 
-def test_the_outbound_proxy_shows_the_certificate_that_the_coordinator_wants(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_the_outbound_proxy_shows_the_certificate_that_the_coordinator_wants(host: str, tmp_path: Path) -> None:
     """Site proxy, coordinator's proxy, TLS upstream: the whole way of a SuperNode under mutual TLS, by the recipes' scripts."""
     nginx, openssl = tool("nginx"), tool("openssl")
-    there, outbound = Config(free_port(), free_port()), free_port()
+    there, outbound = Config(free_port(), free_port(), host), free_port()
     authority = make_authority("north")
     home = tmp_path / "coordinator"
     for name in ("ca", "tls", "run"):
         (home / name).mkdir(parents=True)
     (home / "ca" / "ca.crt").write_bytes(authority.certificate_pem)
     (home / "ca" / "ca.key").write_bytes(authority.key_pem)
-    server = make_server_certificate(authority, "localhost")
+    server = make_server_certificate(authority, host)
     (home / "tls" / "server.crt").write_bytes(server.certificate_pem)
     (home / "tls" / "server.key").write_bytes(server.key_pem)
     coordinator.write_recipes(there, home, mutual_tls=True)
 
-    site = make_site(tmp_path / "site", "localhost", there.port)
+    site = make_site(tmp_path / "site", host, there.port)
     (site / "supernode" / "ca.crt").write_bytes(authority.certificate_pem)
     out, keys = tmp_path / "out", site / "supernode"
     write_recipes(site, out, outbound_port=outbound)

@@ -121,12 +121,12 @@ def proxy(kind: str, folder: Path, port: int) -> Iterator[None]:
 class Consortium:
     """A coordinator's folder with certificates, and free ports for proxy and SuperLink."""
 
-    def __init__(self, folder: Path, *, mutual_tls: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, host: str = HOST, mutual_tls: bool = False) -> None:
+        self.folder, self.host = folder, host
         authority = make_authority("north")
         save(authority, folder / "ca" / "ca.crt", folder / "ca" / "ca.key")
-        save(make_server_certificate(authority, HOST), folder / "tls" / "server.crt", folder / "tls" / "server.key")
-        self.config = Config(port=free_port(), superlink_port=free_port())
+        save(make_server_certificate(authority, host), folder / "tls" / "server.crt", folder / "tls" / "server.key")
+        self.config = Config(host=host, port=free_port(), superlink_port=free_port())
         write_recipes(self.config, folder, mutual_tls=mutual_tls)
 
     def certify(self, key: Path) -> Path:
@@ -145,12 +145,12 @@ class Consortium:
         context = ssl.create_default_context(cafile=str(self.folder / "ca" / "ca.crt"))
         if client is not None:
             context.load_cert_chain(client.with_suffix(".crt"), client)
-        connection = http.client.HTTPConnection(HOST, self.config.port)
+        connection = http.client.HTTPConnection(self.host, self.config.port)
         plain = socket.create_connection(("127.0.0.1", self.config.port), timeout=30)
         try:
-            connection.sock = context.wrap_socket(plain, server_hostname=HOST)
+            connection.sock = context.wrap_socket(plain, server_hostname=self.host)
             connection.putrequest(method, path, skip_host=True)
-            connection.putheader("Host", f"{HOST}:{self.config.port}")
+            connection.putheader("Host", f"{self.host}:{self.config.port}")
             connection.putheader("Content-Length", str(len(body)))
             connection.endheaders(body)
             answer = connection.getresponse()
@@ -182,10 +182,11 @@ SHUT = (
 )
 
 
+@pytest.mark.parametrize("host", [HOST, "127.0.0.1"])
 @pytest.mark.parametrize("kind", ["nginx", "caddy"])
-def test_the_door_opens_to_the_fleet_api_and_to_nothing_else(kind: str, tmp_path: Path) -> None:
+def test_the_door_opens_to_the_fleet_api_and_to_nothing_else(kind: str, host: str, tmp_path: Path) -> None:
     tool(kind)
-    here = Consortium(tmp_path)
+    here = Consortium(tmp_path, host=host)
     certificate, key = tmp_path / "tls" / "server.crt", tmp_path / "tls" / "server.key"
     with proxy(kind, tmp_path, here.config.port):
         # A SuperNode tries again after 502 and 503, and after nothing else that a proxy says.
@@ -215,10 +216,11 @@ def test_a_stranger_in_the_superlinks_place_gets_nothing(kind: str, tmp_path: Pa
         assert reached == []
 
 
+@pytest.mark.parametrize("host", [HOST, "127.0.0.1"])
 @pytest.mark.parametrize("kind", ["nginx", "caddy"])
-def test_mutual_tls_lets_in_whom_the_consortium_certified(kind: str, tmp_path: Path) -> None:
+def test_mutual_tls_lets_in_whom_the_consortium_certified(kind: str, host: str, tmp_path: Path) -> None:
     tool(kind)
-    here = Consortium(tmp_path, mutual_tls=True)
+    here = Consortium(tmp_path, host=host, mutual_tls=True)
     strangers = Consortium(tmp_path / "strangers")
     site, stranger = here.certify(tmp_path / "site.key"), strangers.certify(tmp_path / "stranger.key")
     server = tmp_path / "tls" / "server.key"  # signed by the same authority, but not as a client
