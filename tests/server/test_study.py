@@ -9,6 +9,7 @@ from server.study import PrivacyConfig, StudyConfig
 
 KEYS = {
     "name": None,
+    "sites": None,
     "seed": None,
     "privacy": {"epsilon", "delta"},
     "codec": {"slots", "rounds", "steps", "spare_rounds", "sampling_rate", "learning_rate", "clip", "draws", "average"},

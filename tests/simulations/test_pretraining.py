@@ -12,8 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from medgen import app
+from medgen_models.batches import batch_from_bytes
 from medgen_models.public_model import CARD_FILE, PublicModel
 from medgen_models.schema import PatientBatch, Schema
+from server.preparation import PUBLIC_FILE, REFERENCE_FILE
 from server.release.cohort_files import synthetic_ids, write_cohort
 from simulations import phantoms
 from simulations.pretraining import README, STATE, Request, on_grid, read_public, run_pretraining, schema_of, train
@@ -71,6 +73,21 @@ def test_a_folder_of_records_is_read_and_the_card_says_what_was_seen(
         assert words in text
     assert not (tmp_path / "model" / STATE).exists()
     assert run_pretraining(request) == 1  # a model is never written over
+
+
+def test_patients_set_aside_are_never_trained_on_and_lie_beside_the_model(
+    tables_only: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_pretraining(asked(tables_only, folder, tmp_path / "model", reference=8)) == 0
+    schema = Schema.model_validate_json(tables_only.read_bytes())
+    trained, aside = (
+        batch_from_bytes((tmp_path / "model" / name).read_bytes(), schema) for name in (PUBLIC_FILE, REFERENCE_FILE)
+    )
+    assert (len(trained), len(aside)) == (11, 8)
+    assert set(trained.ids).isdisjoint(aside.ids)
+    assert PublicModel.load(tmp_path / "model").card["patients"] == 11
+    assert run_pretraining(asked(tables_only, folder, tmp_path / "other", reference=12)) == 1
+    assert "at least 8 must remain" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_an_overlap_check_changes_what_the_card_calls_it(tables_only: Path, folder: Path, tmp_path: Path) -> None:
