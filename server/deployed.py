@@ -134,12 +134,15 @@ class _Watcher:
         while True:
             if (end := self._news()) is not None:
                 return end
-            if time.monotonic() - last_look > LOOK_S:
+            down = link.pid() is None
+            if down or time.monotonic() - last_look > LOOK_S:
                 last_look = time.monotonic()
-                if not link.flower.alive(run) or link.pid() is None:
+                if down or not link.flower.alive(run):
                     time.sleep(2 * WATCH_S)
                     if (end := self._news()) is not None:
                         return end
+                    if down:
+                        link.clear()  # without it, what it had started can do nothing but hold the study
                     if not holder(self._folder.lock):
                         return None
             time.sleep(WATCH_S)

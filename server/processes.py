@@ -90,10 +90,12 @@ def sweep(home: str, patience_s: float = 10.0) -> None:
 
 def carrying(home: str) -> list[int]:
     """Processes of ours whose environment names this Flower home; none where there is no /proc to ask."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            entries = (folder / "environ").read_bytes().split(b"\0")
-            if f"FLWR_HOME={home}".encode() in entries and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
-    return found
+    pids = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
+    return [pid for pid in pids if pid != os.getpid() and carries(pid, home)]
+
+
+def carries(pid: int, home: str) -> bool:
+    """Whether the environment of a process names this Flower home; a process that has ended carries nothing."""
+    with suppress(OSError):
+        return f"FLWR_HOME={home}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return False

@@ -53,7 +53,7 @@ class SuperLink:
         """Its process, if it runs: one that carries this coordinator's Flower home, not just one of that number."""
         with contextlib.suppress(OSError, ValueError):
             pid = int(self._pid_file.read_text(encoding="ascii"))
-            return pid if pid in processes.carrying(str(self._home)) else None
+            return pid if processes.carries(pid, str(self._home)) else None
         return None
 
     def start(self) -> bool:
@@ -66,7 +66,7 @@ class SuperLink:
         if self.pid() is not None:
             return False
         self._config.server_certificate()
-        processes.sweep(str(self._home))  # helpers of one that was killed: they would serve the new one's tasks twice
+        self.clear()  # helpers of one that was killed would take the new one's tasks
         port = self._config.superlink_port
         if processes.listening(port):
             raise ValueError(
@@ -104,7 +104,7 @@ class SuperLink:
 
             def gone(patience_s: float) -> bool:
                 end = time.monotonic() + patience_s
-                while (alive := pid in processes.carrying(str(self._home))) and time.monotonic() < end:
+                while (alive := processes.carries(pid, str(self._home))) and time.monotonic() < end:
                     time.sleep(0.1)
                 return not alive
 
@@ -115,6 +115,11 @@ class SuperLink:
             self._process.wait()
             self._process = None
         return pid is not None
+
+    def clear(self) -> None:
+        """End what a SuperLink that was killed has left behind; while one runs, nothing."""
+        if self.pid() is None:
+            processes.sweep(str(self._home))
 
     def wait(self) -> None:
         """Return when it has ended."""

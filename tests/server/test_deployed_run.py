@@ -30,7 +30,10 @@ class Link:
         self.up = True
         self.log = folder.path / "superlink.log"
         self.flower = SimpleNamespace(run=self.run, alive=lambda run: False)
-        self.updates = 0
+        self.updates = self.cleared = 0
+
+    def clear(self) -> None:
+        self.cleared += 1
 
     def pid(self) -> int | None:
         return 1 if self.up else None
@@ -122,6 +125,7 @@ def test_a_superlink_that_ended_is_said_with_what_to_do(start: Callable[..., Any
         patch.setattr(Link, "__init__", remember)
         with pytest.raises(FlowerError, match=r"server start.*study resume"):
             start(fall)
+    assert links[0].cleared == 1  # nothing that it started stays and holds the study
 
 
 def test_two_starters_at_once(start: Callable[..., Any], folder: RunFolder) -> None:
