@@ -124,7 +124,8 @@ def inferred(
     The attacker holds the synthetic table and the patient's record without the secret. A number is told if it is off by
     at most ``tolerance`` of the column's span, an absolute error, so that the sign of a guess does not matter; a level is
     told if it is equal; missing equals missing. Ties fall to the row that comes first after a shuffle, so that the order
-    of the file tells nothing. Source: the inference of opinion WP216 (sec. 2.2.3).
+    of the file tells nothing; ask for members and held-out patients in one call, or ties fall differently for them and the
+    comparison means nothing in a coarse table. Source: the inference of opinion WP216 (sec. 2.2.3).
 
     Args:
         patient_PC: cells of the patients. synthetic_SC: cells of the released rows.

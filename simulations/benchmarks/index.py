@@ -20,6 +20,7 @@ READS_A_RUN: Mapping[str, str] = {
 }
 STANDS_ALONE: Mapping[str, str] = {
     "accounting": "epsilon of fifty random schedules against an independent composition; time of a query",
+    "audit-fixtures": "tables that fool audits: medgen beside Anonymeter and SDMetrics, whose environment is kept beside --json",
     "canaries": "how much of a promise 50,000 canaries an arm show: lower bounds on epsilon beside what was promised",
     "core-speed": "the smoke core: private and public training, sampling, and their growth with patients and tokens",
     "dp-step": "time and memory of a private step over a plain one, beside Opacus; scaling curves beside --json",
@@ -95,6 +96,10 @@ def _stand_alone(name: str, json: Path | None, rows: str, data: Path | None) -> 
             from simulations.benchmarks import accounting
 
             return accounting.run()
+        case "audit-fixtures":
+            from simulations.benchmarks import audit_fixtures
+
+            return audit_fixtures.run(json.with_name("audit-peers") if json is not None else None)
         case "canaries":
             from simulations.benchmarks import canaries
 

@@ -48,17 +48,30 @@ def interpreter(folder: Path, package: str = PACKAGE) -> Path:
     Raises:
         PeersAbsent: the environment cannot be made, for example without a package index.
     """
-    python, ready = folder / "bin" / "python", folder / "ready"
-    if ready.is_file() and ready.read_text(encoding="utf-8") == package:
+    return environment(folder, (package,), (f"torch=={torch.__version__.split('+')[0]}",))
+
+
+def environment(folder: Path, packages: Sequence[str], beside: Sequence[str] = ()) -> Path:
+    """Python of a virtual environment in ``folder`` that holds these packages, made on the first call.
+
+    Args:
+        folder: of the environment.
+        packages: requirements by which a finished environment is known.
+        beside: requirements that are installed with them and may differ between machines.
+
+    Raises:
+        PeersAbsent: the environment cannot be made.
+    """
+    python, ready, mark = folder / "bin" / "python", folder / "ready", " ".join(packages)
+    if ready.is_file() and ready.read_text(encoding="utf-8") == mark:
         return python
-    own_torch = f"torch=={torch.__version__.split('+')[0]}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # rows of the benchmark run beside each other; one makes it, the others wait
-        if not ready.is_file() or ready.read_text(encoding="utf-8") != package:
+        if not ready.is_file() or ready.read_text(encoding="utf-8") != mark:
             _run([sys.executable, "-m", "venv", str(folder)], "making an environment")
-            _run([str(python), "-m", "pip", "install", "--quiet", own_torch, package], f"installing {package}")
-            ready.write_text(package, encoding="utf-8")
+            _run([str(python), "-m", "pip", "install", "--quiet", *beside, *packages], f"installing {mark}")
+            ready.write_text(mark, encoding="utf-8")
     return python
 
 
