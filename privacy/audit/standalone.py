@@ -327,8 +327,8 @@ def _risks(
         secrets = [c for c, n in enumerate(columns.names) if not policy.secrets or n in policy.secrets]
         # one call for both sides: ties must fall the same way for members and for held-out patients
         both = np.concatenate([cells_m, cells_h])
-        told, guessed = inferred(both, cells_s, secrets, policy.inference_tolerance, generator)
-        own_m, own_h, guessed_m = told[: len(cells_m)], told[len(cells_m) :], guessed[: len(cells_m)]
+        told, drawn = inferred(both, cells_s, secrets, policy.inference_tolerance, generator)
+        own_m, own_h, guessed_m = told[: len(cells_m)], told[len(cells_m) :], drawn[: len(cells_m)]
         found.append(averaged(INFERENCE_MAIN, own_m, own_h, guessed_m, generator, level, policy.draws))
         for i, c in enumerate(secrets):
             counted = [(int(hits[:, i].sum()), len(hits)) for hits in (own_m, own_h, guessed_m)]
