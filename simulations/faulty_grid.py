@@ -1,6 +1,6 @@
 """A Flower Grid on which links and sites fail as a script says, in counted time: nothing here waits.
 
-It stands between a coordinator and an in-process grid of real agents. A script names, for each request, what happens to it.
+It is the in-process grid of real agents; a script names, for each request, what happens to it on its way.
 Flower's own behaviour is kept: a node that is gone is reported by an error reply, a reply after the deadline is never
 pulled, a message may be delivered again.
 """
@@ -11,12 +11,12 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Literal, cast
 
-from flwr.app import Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+from flwr.app import Error, Message, UserConfig
+from flwr.clientapp import ClientApp
 
 from privacy.boundary.messages import REQUESTS, Request, parse_as
 from server.exchange import contents
+from simulations.grid import InProcessGrid
 
 NODE_UNAVAILABLE = 5  # Flower's code for a node whose heartbeat has stopped
 
@@ -43,8 +43,8 @@ class Clock:
         self.now_s += seconds
 
 
-class FaultyGrid(Grid):
-    """``inner`` seen through links that fail.
+class FaultyGrid(InProcessGrid):
+    """Nodes seen through links that fail.
 
     ==========  ================================================================================================
     fine        the request arrives, the reply is there at once
@@ -58,28 +58,18 @@ class FaultyGrid(Grid):
     A :class:`SiteKilled` inside an agent is a node that is gone. Work is done when a reply is pulled, one at a time.
     """
 
-    def __init__(self, inner: Grid, script: Script, clock: Clock, late_s: float = 1e6) -> None:
-        self._inner, self._script, self._clock, self._late_s = inner, script, clock, late_s
+    def __init__(
+        self,
+        client_app: ClientApp,
+        nodes: int,
+        run_config: UserConfig,
+        script: Script,
+        clock: Clock,
+        late_s: float = 1e6,
+    ) -> None:
+        super().__init__(client_app, nodes, run_config)
+        self._script, self._clock, self._late_s = script, clock, late_s
         self._waiting: dict[str, tuple[float, Message]] = {}
-
-    def set_run(self, run: Run) -> None:
-        """Set the run of the inner grid."""
-        self._inner.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The run of the inner grid."""
-        return self._inner.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Make a message; kept because the abstract class asks for it."""
-        return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """All nodes; Flower lists a node for a while after it is gone."""
-        return self._inner.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Carry each message as the script says; replies wait until they are pulled."""
@@ -106,7 +96,7 @@ class FaultyGrid(Grid):
         replies: list[Message] = []
         if fault in ("fine", "reply-lost", "late", "twice"):
             for _ in range(2 if fault == "twice" else 1):
-                replies += self._deliver(message)
+                replies += self._reach(message)
         elif fault == "gone":
             replies = [_gone(message)]
         if fault in ("silent", "reply-lost"):
@@ -115,9 +105,9 @@ class FaultyGrid(Grid):
             self._waiting[name] = (self._clock.now_s + (self._late_s if fault == "late" else 0.0), reply)
         return name
 
-    def _deliver(self, message: Message) -> list[Message]:
+    def _reach(self, message: Message) -> list[Message]:
         try:
-            return list(self._inner.send_and_receive([message]))
+            return list(super().pull_messages(super().push_messages([message])))
         except SiteKilled:
             return [_gone(message)]
 

@@ -99,12 +99,13 @@ def carry(study: Any, clock: Clock, act: Act = lambda site, request: None) -> No
 
     from client.app import app as client_app
     from server.app import app as server_app
-    from simulations.grid import InProcessGrid
 
     config = {"run-dir": str(study.folder.path), "sites-dir": str(study.hospitals)}
-    inner = InProcessGrid(client_app, len(SITES), dict(config))
-    names = dict(zip(sorted(inner.get_node_ids()), SITES, strict=True))
-    grid = FaultyGrid(inner, lambda node, request: act(names[node], request) or "fine", clock)
+    names = {100 + number: site for number, site in enumerate(SITES)}
+    grid = FaultyGrid(
+        client_app, len(SITES), dict(config), lambda node, request: act(names[node], request) or "fine", clock
+    )
+    assert list(grid.get_node_ids()) == list(names)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config))
     server_app(grid, context)
 
