@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from server import doctor_cli, join_cli, recipes_cli, study_cli, superlink_cli
+from server import audit_cli, doctor_cli, join_cli, recipes_cli, study_cli, superlink_cli
 
 server_app = typer.Typer(
     name="server", help="At the coordinator: make it, enrol sites, run Flower's SuperLink.", no_args_is_help=True
@@ -20,7 +20,8 @@ doctor_cli.add(server_app)
 recipes_cli.add(server_app)
 
 release = typer.Typer(name="release", help="Check a released bundle.", no_args_is_help=True)
-audit = typer.Typer(name="audit", help="Read what the attacks found.", no_args_is_help=True)
+audit = typer.Typer(name="audit", help="Attack a synthetic table; read what attacks found.", no_args_is_help=True)
+audit_cli.add(audit)
 
 
 @release.callback()
@@ -30,7 +31,7 @@ def _release() -> None:
 
 @audit.callback()
 def _audit() -> None:
-    """Read what the attacks found."""
+    """Attack a synthetic table; read what attacks found."""
 
 
 @release.command("verify")

@@ -48,7 +48,9 @@ class Consortium:
         return self.config.folder
 
     def _join(self, name: str, folder: Path) -> None:
-        (folder / "keys" / "coordinator.pub").unlink(missing_ok=True)  # a simulated hospital may have met another before
+        (folder / "keys" / "coordinator.pub").unlink(
+            missing_ok=True
+        )  # a simulated hospital may have met another before
         enrolment.make_keys(folder)
         request = enrolment.write_request(folder, self.root / f"{name}.request.json")
         enrol(self.folder, request.to_bytes(), request.fingerprint)
@@ -144,4 +146,3 @@ def hospitals(folder: Path) -> dict[str, Path]:
     """Site folders below ``folder``, by the names in their ``site.toml``."""
     found = [path for path in sorted(folder.iterdir()) if (path / "site.toml").is_file()]
     return {SiteConfig.load(path).site.name: path for path in found}
-

@@ -76,7 +76,6 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "server stop": ("coordinator",),
     "server doctor": ("folder", "--json"),
     "server recipes": ("folder", "--mutual-tls"),
-    "server recipes": ("folder", "--mutual-tls"),
     "study plan": (
         "study",
         "--coordinator",
