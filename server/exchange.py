@@ -82,7 +82,7 @@ class Exchange:
         """Call the roll until every expected site has answered, nothing new comes any more, or the deadline has passed.
 
         A node that answers under a name outside ``expected``, or under a name already taken, is ignored: the study
-        addresses its own sites and never "whoever is connected".
+        addresses its own sites and never "whoever is connected". While no site has been found, nodes are asked again.
         """
         found: dict[str, Capabilities] = {}
         self._nodes.clear()
@@ -90,8 +90,10 @@ class Exchange:
         end = time.monotonic() + self._deadline_s
         news = time.monotonic()
         while True:
-            fresh = [node for node in self._candidates(expected) if node not in self._asked]
-            news = time.monotonic() if fresh else news
+            now = time.monotonic()  # a restarted SuperLink takes its nodes for present until they have signed in again
+            settled = {node for node, at in self._asked.items() if found or now - at < QUIET_S}
+            fresh = [node for node in self._candidates(expected) if node not in settled]
+            news = now if fresh else news
             found |= self._call(study, expected, fresh, self._deadline_s)
             quiet = bool(found) and time.monotonic() - news > QUIET_S
             if len(found) == len(expected) or quiet or time.monotonic() > end:

@@ -331,3 +331,19 @@ def test_after_a_wish_to_stop_nothing_new_is_asked_and_what_was_answered_is_stil
     opening = UnmaskRequest("a" * 64, "core", 0, 0, "b" * 64, ("east",))
     exchange.ask({"east": opening})
     assert len(grid.asked) == asked + 1
+
+
+def test_nodes_of_a_restarted_superlink_are_asked_again_until_one_answers(
+    events: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower takes a node for present, and answers for it that it is gone, until it has signed in again."""
+    monkeypatch.setattr("server.exchange.QUIET_S", 0.0)
+    answers = iter([to_bytes(Refusal("SITE_UNAVAILABLE"))])
+    good = site("east")
+
+    def late(request: bytes) -> bytes:
+        return next(answers, None) or good(request)
+
+    grid = Grid({1: late})
+    exchange = Exchange(grid, 20.0, events)  # type: ignore[arg-type]
+    assert list(exchange.discover("study", ["east"])) == ["east"]
