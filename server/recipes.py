@@ -12,40 +12,21 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import jinja2
 
 from privacy.chain import write_durably
+
+if TYPE_CHECKING:  # that module writes these recipes, and so imports this one
+    from server.coordinator import CoordinatorConfig
 
 TEMPLATES = Path(__file__).parent / "deploy"
 # These texts are pasted into configurations of five programs, each with its own quoting; plain names need none.
 PLAIN = re.compile(r"[A-Za-z0-9._/:@+-]+")
 
 
-class Coordinator(Protocol):
-    """What the recipes ask of ``server.toml``.
-
-    Attributes:
-        name: of the consortium.
-        host: the name or address by which sites reach the proxy, on its TLS certificate.
-        port: of the proxy. superlink_port: of the SuperLink, loopback.
-        control_port: of Flower's Control API where a version has its own; 1.41 and 1.42 have it on ``superlink_port``.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def host(self) -> str: ...  # noqa: D102
-    @property
-    def port(self) -> int: ...  # noqa: D102
-    @property
-    def superlink_port(self) -> int: ...  # noqa: D102
-    @property
-    def control_port(self) -> int: ...  # noqa: D102
-
-
-def write_recipes(config: Coordinator, folder: Path, *, mutual_tls: bool = False) -> tuple[Path, ...]:
+def write_recipes(config: CoordinatorConfig, folder: Path, *, mutual_tls: bool = False) -> tuple[Path, ...]:
     """Write ``folder/deploy/`` for the coordinator whose folder this is, replacing what an earlier call wrote.
 
     Args:

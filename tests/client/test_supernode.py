@@ -103,6 +103,8 @@ def test_an_outbound_proxy_without_its_certificate_is_named(tmp_path: Path) -> N
 def test_the_coordinator_of_the_kit_is_reached(tmp_path: Path) -> None:
     with superlink(tmp_path) as link:
         supernode.reach(link)
+    with pytest.raises(ValueError, match=str(link.port)):  # it was the coordinator that had answered
+        supernode.reach(link)
 
 
 def test_whoever_shows_another_certificate_is_told_apart_from_nobody(tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ def test_fingerprint_is_readable_and_depends_on_every_byte() -> None:
 @pytest.mark.parametrize("typed", [fingerprint(KEY.public), fingerprint(KEY.public).replace(" ", "").upper()])
 def test_a_fingerprint_is_confirmed_however_it_was_grouped(typed: str) -> None:
     confirm_fingerprint(f" {typed}\n", KEY.public, "site north")
+    with pytest.raises(ValueError, match="site north"):
+        confirm_fingerprint(f" {typed}\n", OTHER.public, "site north")
 
 
 def test_a_fingerprint_that_differs_says_where_and_not_what_was_expected() -> None:
