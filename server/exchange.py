@@ -26,6 +26,7 @@ from privacy.boundary.messages import (
     parse_as,
     to_bytes,
 )
+from privacy.boundary.plan import MIN_COHORT
 from privacy.boundary.refusals import Refused
 from privacy.nodekey import node_line_of_pem
 from server.events import EventLog
@@ -82,7 +83,8 @@ class Exchange:
         """Call the roll until every expected site has answered, nothing new comes any more, or the deadline has passed.
 
         A node that answers under a name outside ``expected``, or under a name already taken, is ignored: the study
-        addresses its own sites and never "whoever is connected". While no site has been found, nodes are asked again.
+        addresses its own sites and never "whoever is connected". While too few sites for a sum have been found, nodes are
+        asked again.
         """
         found: dict[str, Capabilities] = {}
         self._nodes.clear()
@@ -90,12 +92,14 @@ class Exchange:
         end = time.monotonic() + self._deadline_s
         news = time.monotonic()
         while True:
-            now = time.monotonic()  # a restarted SuperLink takes its nodes for present until they have signed in again
-            settled = {node for node, at in self._asked.items() if found or now - at < QUIET_S}
-            fresh = [node for node in self._candidates(expected) if node not in settled]
+            now, few = time.monotonic(), len(found) < min(MIN_COHORT, len(expected))
+            # A restarted SuperLink takes its nodes for present until they have signed in again.
+            settled = {node for node, at in self._asked.items() if not few or now - at < QUIET_S}
+            missing = [site for site in expected if site not in found]
+            fresh = [node for node in self._candidates(missing) if node not in settled]
             news = now if fresh else news
             found |= self._call(study, expected, fresh, self._deadline_s)
-            quiet = bool(found) and time.monotonic() - news > QUIET_S
+            quiet = not few and time.monotonic() - news > QUIET_S
             if len(found) == len(expected) or quiet or time.monotonic() > end:
                 break
             time.sleep(POLL_S)
