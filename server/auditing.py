@@ -13,7 +13,7 @@ from privacy.audit.parts import split
 from privacy.boundary.plan import StudyPlan
 from server.aggregation import Ask, StudyError
 from server.planning import AUDIT
-from server.release.evidence import Access, AttackCounts
+from server.release.attack_evidence import Access, AttackCounts
 from server.release.measures import Utility
 from server.session import Session, deliver
 from server.stages import State

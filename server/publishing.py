@@ -26,11 +26,12 @@ from privacy.boundary.refusals import REFUSAL_CODES
 from server.auditing import AuditResult
 from server.planning import AUDIT
 from server.release import bundle
+from server.release.assembly import assemble, note_report
+from server.release.attack_evidence import AttackCounts, TrainingAudit, Validity
 from server.release.cohort import rows_from_public, rows_from_tree, sample_cohort
 from server.release.cohort_files import write_cohort
 from server.release.cohort_read import read_cohort
 from server.release.evidence import (
-    AttackCounts,
     Cohort,
     Crossing,
     Evidence,
@@ -40,14 +41,13 @@ from server.release.evidence import (
     SiteSpend,
     StageSpend,
     UncoveredQuery,
-    Validity,
 )
 from server.release.fidelity import measure
 from server.release.report import write_report
 from server.session import Session
 
-# The coordinator signs here; a second signature (the privacy officer's) belongs to a release, which is a person's act.
-POLICY = GatePolicy(required_signatures=1)
+# The coordinator signs here; the second signature (the privacy officer's) is a person's act: `medgen release sign`.
+POLICY = GatePolicy()
 PLANTED = 60
 Floats = NDArray[np.float64]
 
@@ -58,6 +58,7 @@ CROSSINGS: Mapping[str, tuple[str, Literal["DP", "public", "not covered"]]] = {
     "PartStored": ("That a public part arrived.", "public"),
     "MaskedAnswer": ("Masked sums of noised updates and statistics; once, masked audit counts (not covered).", "DP"),
     "UnmaskAnswer": ("Seeds of one round that open the sum over all survivors.", "public"),
+    "CanaryOpening": ("Secret coins of made-up patients in training, and scores made of coins and noise.", "public"),
     "Refusal": ("A code from the closed list.", "public"),
 }
 
@@ -101,7 +102,14 @@ def _rows(session: Session, counts: Mapping[tuple[int, ...], Floats] | None) -> 
     return rows_from_tree(schema, model, bins, patients, seed, known["positions"])
 
 
-def publish(session: Session, model: StudyModel, cohort: PatientBatch, audit: AuditResult, sites: Sequence[str]) -> str:
+def publish(
+    session: Session,
+    model: StudyModel,
+    cohort: PatientBatch,
+    audit: AuditResult,
+    sites: Sequence[str],
+    training: TrainingAudit | None = None,
+) -> str:
     """Evidence, verdict, report and bundle; returns the verdict."""
     session.events.write("phase", name="report")
     schema, folder = session.schema, session.folder
@@ -125,8 +133,11 @@ def publish(session: Session, model: StudyModel, cohort: PatientBatch, audit: Au
         validity=Validity(
             split_overlap=0,
             blind=next((attack for attack in audit.attacks if attack.name == "blind"), None),
-            planted=_planted(session, model.public.bank, reference, cohort),
+            planted=tuple(
+                found for found in (_planted(session, model.public.bank, reference, cohort),) if found is not None
+            ),
         ),
+        training_audit=training,
         fidelity=fidelity.rows,
         marginals=fidelity.marginals,
         traces=fidelity.traces,
@@ -138,42 +149,32 @@ def publish(session: Session, model: StudyModel, cohort: PatientBatch, audit: Au
     )
     report = folder.report_json.parent
     verdict = write_report(evidence, POLICY, fidelity.images, report)
+    note_report(folder, session.events)
     if verdict.decision == "BLOCK":
         shutil.rmtree(folder.bundle, ignore_errors=True)
     else:
-        _bundle(session, model, verdict.decision, verdict.private)
+        _bundle(session, model, verdict.private)
     return verdict.decision
 
 
-def _bundle(session: Session, model: StudyModel, verdict: Literal["RELEASE", "HOLD"], private: bool) -> None:
-    """Cohort, report and weights in one signed folder, which appears whole."""
-    folder = session.folder
-    partial = folder.bundle.with_name("bundle.part")
-    for leftover in (partial, folder.bundle):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(folder.cohort, partial / bundle.COHORT)
-    for path in (folder.report_json, folder.report_html):
-        shutil.copyfile(path, partial / path.name)
-    if figures := list((folder.report_json.parent / "figures").glob("*")):
-        (partial / "figures").mkdir()
-        for path in figures:
-            shutil.copyfile(path, partial / "figures" / path.name)
+def _bundle(session: Session, model: StudyModel, private: bool) -> None:
+    """The weights beside the cohort and the report, and all of it in one signed folder."""
     from medgen_models.export import save_release_model
     from server.release.sampling import inference_config
 
-    plan, heads = session.plan, {site: str(head) for site, head in session.checkpoints.heads().items()}
+    folder = session.folder
+    for leftover in (folder.model, folder.bundle):
+        shutil.rmtree(leftover, ignore_errors=True)
     save_release_model(
         model,
-        partial / "model",
-        plan.hash,
+        folder.model,
+        session.plan.hash,
         private,
-        heads,
+        {site: str(head) for site, head in session.checkpoints.heads().items()},
         inference=inference_config(),
         statement=session.dp.statement(),
     )
-    bundle.build(partial, plan.study, plan.created, verdict, private, plan.hash, POLICY.required_signatures, heads)
-    bundle.sign(partial, session.key)
-    partial.rename(folder.bundle)
+    assemble(folder, folder.bundle)
 
 
 def _cohort(session: Session, patients: int) -> Cohort:
@@ -186,7 +187,7 @@ def _cohort(session: Session, patients: int) -> Cohort:
         files=len(manifest.files),
         bytes=sum(entry.size for entry in manifest.files),
         manifest_sha256=manifest.digest,
-        integrity_failures=tuple(text[:200] for text in bundle.unmarked(folder)),
+        integrity_failures=tuple(text[:200] for text in bundle.unmarked_cohort(folder)),
     )
 
 
@@ -325,7 +326,7 @@ def _planted(session: Session, bank: CodecBank, reference: PatientBatch, cohort:
     rng = np.random.default_rng(session.config.seed)
     counts = planted_leak(score, rows[0][:PLANTED], rows[0][PLANTED : 2 * PLANTED], rows[1], plan.thresholds, rng)
     return AttackCounts(
-        name="planted leak",
+        name="nearest-neighbour",
         access="cohort only",
         thresholds=plan.thresholds,
         hits_member=counts.hits_member,

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from privacy.audit.bounds import ThresholdCounts
 from privacy.boundary.refusals import RefusalCode
 from privacy.statement import DIVISOR
+from server.release.attack_evidence import AttackCounts, Attempt, RiskCounts, Subgroup, TrainingAudit, Validity
 from server.release.measures import (
     Correlation,
     Count,
@@ -249,60 +249,6 @@ class UncoveredQuery(Frozen):
     sites: tuple[Name, ...] = ()
 
 
-Access = Literal["final weights", "cohort only", "no model", "round transcript"]
-
-
-class AttackCounts(Frozen):
-    """One attack as it came over the boundary: counts at pre-registered thresholds, summed over sites.
-
-    Attributes:
-        kind: ``membership`` is judged, ``diagnostic`` can only warn, ``copies`` counts equal records.
-        access: what the attacker holds.
-        scope: the slot attacked, or ``joint``.
-        trials_member: member trials, a public constant; 0 where the sites have none.
-        trials_held_out: held-out trials; with 0 the attack has no control group and no result.
-        masked: whether only sums over three sites or more were visible.
-        about: one line for a reader who does not know the attack.
-    """
-
-    name: Name
-    kind: Literal["membership", "diagnostic", "copies"] = "membership"
-    access: Access
-    scope: Name = "joint"
-    thresholds: tuple[float, ...] = Field(min_length=1)
-    hits_member: tuple[Count, ...]
-    hits_held_out: tuple[Count, ...]
-    trials_member: Count
-    trials_held_out: Count
-    sites: tuple[Name, ...] = ()
-    masked: bool = False
-    about: Sentence = "Score above threshold counts as a hit."
-
-    @property
-    def counts(self) -> ThresholdCounts | None:
-        """The counts, or None where they are no valid result (no control group, counts that contradict themselves)."""
-        try:
-            return ThresholdCounts(
-                self.thresholds, self.hits_member, self.hits_held_out, self.trials_member, self.trials_held_out
-            )
-        except ValueError:
-            return None
-
-
-class Validity(Frozen):
-    """Controls of the audit; what is None was not run.
-
-    Attributes:
-        split_overlap: patients both member and held-out. 0 also where the split makes it impossible.
-        blind: a classifier without the model; its counts, at :data:`privacy.audit.validity.BLIND_THRESHOLDS`.
-        planted: the main cohort attack on planted copies of public patients.
-    """
-
-    split_overlap: Count | None = None
-    blind: AttackCounts | None = None
-    planted: AttackCounts | None = None
-
-
 class Cohort(Frozen):
     """What would be released.
 
@@ -330,7 +276,15 @@ class PublicData(Frozen):
 
 
 class Evidence(Frozen):
-    """The whole of what is known about one release candidate."""
+    """The whole of what is known about one release candidate.
+
+    Attributes:
+        attacks: attacks on everybody, jointly and per slot, each once by name and scope.
+        risks: singling out, linkability and inference.
+        subgroups: joint attacks on some patients by themselves; those with too few trials say only that.
+        training_audit: canaries that went through training; None where none did.
+        failed_attempts: earlier tries of this study, oldest first.
+    """
 
     study: Name
     created: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}(T\d{2}:\d{2}(:\d{2})?Z)?$")]
@@ -344,7 +298,10 @@ class Evidence(Frozen):
     uncovered: tuple[UncoveredQuery, ...] = ()
     planned_attacks: tuple[Name, ...] = ()
     attacks: tuple[AttackCounts, ...] = ()
+    risks: tuple[RiskCounts, ...] = ()
+    subgroups: tuple[Subgroup, ...] = ()
     validity: Validity = Validity()
+    training_audit: TrainingAudit | None = None
     fidelity: tuple[FidelityRow, ...] = ()
     marginals: tuple[Marginal, ...] = ()
     traces: tuple[Trace, ...] = ()
@@ -352,6 +309,7 @@ class Evidence(Frozen):
     utility: tuple[Utility, ...] = ()
     sheets: tuple[Sheet, ...] = ()
     attempt: int = Field(default=1, ge=1)
+    failed_attempts: tuple[Attempt, ...] = ()
     deviations: tuple[Sentence, ...] = ()
     versions: Mapping[Name, Name] = Field(default_factory=dict)
 
@@ -362,7 +320,9 @@ class Evidence(Frozen):
             raise ValueError(f"{found[:40]!r} looks like a path or address; a report names things, not places")
         for kind, names in (
             ("site", [site.site for site in self.sites]),
-            ("attack", [attack.name for attack in self.attacks]),
+            ("attack", [attack.label for attack in self.attacks]),
+            ("risk", [risk.label for risk in self.risks]),
+            ("subgroup", [group.name for group in self.subgroups]),
             ("group", [group.group for group in self.groups]),
         ):
             if len(set(names)) != len(names):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from privacy.audit import gates
+from privacy.audit import gates, training_gate
 from privacy.audit.bounds import wilson
 from privacy.audit.gates import Decision, Finding, GatePolicy
 from privacy.audit.validity import blind_auc
-from server.release.evidence import AttackCounts, Evidence
+from server.release.attack_evidence import AttackCounts
+from server.release.evidence import Evidence
 
 _SENTENCES: dict[Decision, str] = {
     "RELEASE": "Every rule of the policy passed on valid evidence. The cohort may leave once it is signed.",
@@ -54,6 +55,7 @@ def _findings(evidence: Evidence, policy: GatePolicy) -> Iterator[Finding]:
     yield from _validity(evidence, policy)
     yield from _budget(evidence, policy)
     yield from _attacks(evidence, policy)
+    yield _canaries(evidence, policy)
     yield gates.missing("G4 three risks", "WP216", "singling out, linkability and inference")
     copies = [attack for attack in evidence.attacks if attack.kind == "copies"]
     for attack in copies:
@@ -71,7 +73,10 @@ def _validity(evidence: Evidence, policy: GatePolicy) -> Iterator[Finding]:
     yield gates.split_overlap(validity.split_overlap)
     blind = validity.blind.counts if validity.blind else None
     yield gates.blind_baseline(blind_auc(blind) if blind else None, policy)
-    yield gates.planted_leak(validity.planted.counts if validity.planted else None, policy)
+    for planted in validity.planted:
+        yield gates.planted_leak(planted.counts, policy)
+    if not validity.planted:
+        yield gates.planted_leak(None, policy)
     yield gates.attempts(evidence.attempt, policy)
 
 
@@ -114,6 +119,13 @@ def _attacks(evidence: Evidence, policy: GatePolicy) -> Iterator[Finding]:
         yield gates.missing("G3 membership", "attacks", "whether an attack with the final weights finds members")
     for attack in judged:
         yield from _attack(attack, evidence, len(judged), policy)
+
+
+def _canaries(evidence: Evidence, policy: GatePolicy) -> Finding:
+    audit = evidence.training_audit
+    if audit is None:
+        return training_gate.no_canaries()
+    return training_gate.canaries(audit.judged(policy.confidence), audit.problems, policy)
 
 
 def _attack(attack: AttackCounts, evidence: Evidence, judged: int, policy: GatePolicy) -> Iterator[Finding]:

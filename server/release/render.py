@@ -14,7 +14,8 @@ from typing import Any
 import jinja2
 
 from server.release import figures
-from server.release.evidence import AttackCounts, Evidence
+from server.release.attack_evidence import AttackCounts
+from server.release.evidence import Evidence
 
 TEMPLATE = "report.html.j2"
 ROC_FLOOR = 1e-3
@@ -51,7 +52,7 @@ def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         derived=report["derived"],
         strongest=strongest(attacks),
         open_findings=[f for f in report["verdict"]["findings"] if f["status"] in ("HOLD", "BLOCK")],
-        attacks=[(attack, attacks[attack.name]) for attack in evidence.attacks if attack.kind != "copies"],
+        attacks=[(attack, attacks[attack.label]) for attack in evidence.attacks if attack.kind != "copies"],
         copies=[attack for attack in evidence.attacks if attack.kind == "copies"],
         figures=_figures(evidence, attacks, report["derived"]["caps"]),
         pictures={name: _uri(body, "image/png") for name, body in images.items()},
@@ -77,10 +78,10 @@ def _figures(
     promise = evidence.promise
     drawn: dict[str, Any] = {"roc": {}}
     for attack in evidence.attacks:
-        row = attacks.get(attack.name)
+        row = attacks.get(attack.label)
         if row is None or not row["valid"]:
             continue
-        drawn["roc"][attack.name] = _svg(
+        drawn["roc"][attack.label] = _svg(
             figures.roc(
                 **row["roc"],
                 cap=cap,

@@ -29,7 +29,8 @@ from privacy.audit.bounds import (
 from privacy.audit.gates import GatePolicy, joint_confidence
 from privacy.audit.tradeoff import auc_cap_of_profile, tpr_cap_of_profile
 from privacy.audit.validity import blind_auc
-from server.release.evidence import SCHEMA_VERSION, AttackCounts, Evidence, Promise
+from server.release.attack_evidence import AttackCounts
+from server.release.evidence import SCHEMA_VERSION, Evidence, Promise
 from server.release.gate import Verdict, decide
 from server.release.render import render_html
 
@@ -113,13 +114,13 @@ def _attack(attack: AttackCounts, promise: Promise | None, judged: int, policy: 
     """Statistics of one of ``judged`` attacks; ``valid`` is False, without numbers, where its counts are no result."""
     counts = attack.counts
     if counts is None:
-        return {"name": attack.name, "valid": False}
+        return {"name": attack.label, "valid": False}
     delta = promise.delta if promise else AUDIT_DELTA
     confidence = joint_confidence(policy, judged)
     gaussian = best_gaussian_lower_bound(counts, delta, confidence)
     ceiling = power_ceiling(counts.trials_member, counts.trials_held_out, delta, confidence, len(counts.thresholds))
     return {
-        "name": attack.name,
+        "name": attack.label,
         "valid": True,
         "auc": _interval(auc(counts, policy.confidence)),
         "tpr": [{"fpr": fpr, **(_interval(tpr_at_fpr(counts, fpr, policy.confidence)) or {})} for fpr in FPR_POINTS],
@@ -162,12 +163,14 @@ def _blind(evidence: Evidence) -> Interval | None:
     return blind_auc(counts) if counts else None
 
 
-def _planted(evidence: Evidence, policy: GatePolicy) -> dict[str, Any] | None:
-    counts = evidence.validity.planted.counts if evidence.validity.planted else None
-    if counts is None:
-        return None
-    found = _interval(tpr_at_fpr(counts, policy.planted_fpr, policy.confidence)) or {}
-    return {"fpr": policy.planted_fpr, "copies": counts.trials_member, **found}
+def _planted(evidence: Evidence, policy: GatePolicy) -> list[dict[str, Any]]:
+    """Per attack, how much of what was planted for it was found."""
+    rows = []
+    for attack in evidence.validity.planted:
+        if (counts := attack.counts) is not None:
+            found = _interval(tpr_at_fpr(counts, policy.planted_fpr, policy.confidence)) or {}
+            rows.append({"name": attack.label, "fpr": policy.planted_fpr, "copies": counts.trials_member, **found})
+    return rows
 
 
 def _interval(interval: Interval | None) -> dict[str, float] | None:

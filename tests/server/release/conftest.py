@@ -16,9 +16,9 @@ from medgen_models.schema import Column, Factor, Instance, PatientBatch, Schema,
 from privacy.audit.attacks import counts_at
 from privacy.audit.tradeoff import delta_of_mu
 from privacy.audit.validity import BLIND_THRESHOLDS
+from server.release.attack_evidence import AttackCounts, Validity
 from server.release.cohort_files import synthetic_ids
 from server.release.evidence import (
-    AttackCounts,
     Cohort,
     Crossing,
     Evidence,
@@ -29,7 +29,6 @@ from server.release.evidence import (
     StagePromise,
     StageSpend,
     UncoveredQuery,
-    Validity,
 )
 from server.release.figures import contact_sheet
 from server.release.measures import Correlation, FidelityRow, Marginal, Sheet, Trace, Utility
@@ -385,7 +384,7 @@ def make_evidence(sheets: tuple[Sheet, ...] = (), **changes: Any) -> Evidence:
         "validity": Validity(
             split_overlap=0,
             blind=make_blind(),
-            planted=make_attack("planted", 4.0, 40, 200, 4, access="cohort only"),
+            planted=(make_attack("nearest neighbour", 4.0, 40, 200, 4, access="cohort only"),),
         ),
         "utility": (
             Utility(task="died", trained_on="synthetic", concordant=612, pairs=1000, sites=tuple(SITES)),

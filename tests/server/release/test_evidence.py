@@ -10,7 +10,8 @@ import pytest
 
 from privacy.plan import DPPlan, QueryStage, TrainingStage
 from privacy.statement import statement
-from server.release.evidence import AttackCounts, Evidence, Promise, SiteSpend, StageSpend
+from server.release.attack_evidence import AttackCounts
+from server.release.evidence import Evidence, Promise, SiteSpend, StageSpend
 from server.release.measures import Correlation
 
 Make = Callable[..., Evidence]

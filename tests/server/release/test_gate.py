@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from privacy.audit.gates import GatePolicy
-from server.release.evidence import AttackCounts, Evidence, Promise, UncoveredQuery, Validity
+from server.release.attack_evidence import AttackCounts, Validity
+from server.release.evidence import Evidence, Promise, UncoveredQuery
 from server.release.gate import Verdict, decide
 
 Make = Callable[..., Evidence]

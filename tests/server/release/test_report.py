@@ -20,7 +20,8 @@ from privacy.audit.gates import GatePolicy
 from privacy.audit.tradeoff import tpr_cap, tpr_cap_gdp
 from privacy.plan import DPPlan, TrainingStage
 from privacy.trials import repeated
-from server.release.evidence import AttackCounts, Evidence, Promise
+from server.release.attack_evidence import AttackCounts
+from server.release.evidence import Evidence, Promise
 from server.release.figures import contact_sheet
 from server.release.render import render_html
 from server.release.report import build_report, report_bytes, write_report
