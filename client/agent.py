@@ -30,6 +30,7 @@ from privacy.book import Head
 from privacy.boundary.messages import (
     REQUESTS,
     Approval,
+    CanaryRequest,
     CapabilitiesRequest,
     MaskedAnswer,
     PartPut,
@@ -48,7 +49,7 @@ from privacy.boundary.messages import (
 )
 from privacy.boundary.plan import StudyPlan, plan_hash
 from privacy.boundary.refusals import LedgerError, Refused
-from privacy.boundary.signing import verify_task, verify_unmask
+from privacy.boundary.signing import verify_canary_request, verify_task, verify_unmask
 from privacy.chain import GENESIS, now_utc
 from privacy.identity import MaskingKey
 from privacy.ledger import DpToken, Ledger
@@ -102,11 +103,13 @@ class SiteAgent:
                 if status == "rejected":
                     raise Refused("PLAN_REJECTED")
                 head = self._ledger_head()
-                return Approval(plan_hash(plan), status, head.seq, head.hash)
+                return Approval(plan_hash(plan), status, head.seq, head.hash, self._committed(plan, status))
             case RoundTask():
                 return self._round(request)
             case UnmaskRequest():
                 return self._unmask(request)
+            case CanaryRequest():
+                return self._open_canaries(request)
 
     def _round(self, task: RoundTask) -> bytes:
         """One attempt at one round: checked, charged, computed, masked, stored, and only then answered."""
@@ -207,6 +210,25 @@ class SiteAgent:
         outbox.record("unmask", to_bytes(opened), about=request.task_digest)
         return opened
 
+    def _committed(self, plan: bytes, status: policy.Status) -> str:
+        """The commitment to the coins of a plan's in-training audit, which leaves before the plan's first number."""
+        from client import canaries
+
+        if status != "approved":
+            return ""
+        return canaries.commitment(SiteConfig.load(self._folder), StudyPlan.from_bytes(plan))
+
+    def _open_canaries(self, request: CanaryRequest) -> bytes:
+        """Coins and scores of an approved plan, the same bytes whenever they are asked for."""
+        from client import canaries
+
+        plan = policy.admit(self._folder, request.plan_hash)
+        config = SiteConfig.load(self._folder)
+        verify_canary_request(request, config.coordinator_key())
+        answer = canaries.opening(config, plan)
+        Outbox(self._folder).record("canaries", answer, about=request.digest())
+        return answer
+
     def _ledger_head(self) -> Head:
         """Head of the site's ledger; 0 and zeros before there is one."""
         config = SiteConfig.load(self._folder)
@@ -243,7 +265,7 @@ def _about(request: Request | None) -> str:
     match request:
         case PlanProposal(plan, _):
             return plan_hash(plan)
-        case RoundTask() | UnmaskRequest():
+        case RoundTask() | UnmaskRequest() | CanaryRequest():
             return request.plan_hash
         case _:
             return ""

@@ -20,7 +20,7 @@ from client.wire import ASK, HEALTH
 from privacy.boundary.messages import MAX_BYTES, Refusal, kind_of, to_bytes
 from privacy.chain import canonical
 
-HEAVY = frozenset({"PlanProposal", "RoundTask", "UnmaskRequest"})
+HEAVY = frozenset({"PlanProposal", "RoundTask", "UnmaskRequest", "CanaryRequest"})
 BODY_S = 120.0  # longest time that a body may take over a local socket
 UNAVAILABLE = to_bytes(Refusal("SITE_UNAVAILABLE"))
 BAD_MESSAGE = to_bytes(Refusal("BAD_MESSAGE"))

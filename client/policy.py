@@ -130,6 +130,13 @@ def _roster_objections(config: SiteConfig, plan: StudyPlan) -> Iterator[Refused]
             f"the plan asks for {plan.audit.cap}, the site allows {config.ceiling.uncovered_queries}",
             "raise [ceiling] uncovered_queries or ask for a smaller audit",
         )
+    asked = plan.audit.canaries.per_site if plan.audit.canaries is not None else 0
+    if asked > config.policy.max_canaries:
+        yield Refused(
+            "CANARIES",
+            f"the plan asks for {asked}, the site allows {config.policy.max_canaries}",
+            "raise [policy] max_canaries or ask for fewer",
+        )
     try:
         check_peers(config, plan)
     except Refused as refusal:

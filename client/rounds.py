@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from client import canaries
 from client.enrolment import load_keys
 from client.memory import Memory
 from client.policy import SiteConfig, dp_plan
@@ -270,6 +271,7 @@ def _train(
     speed = speed_for(config, plan, task, unit_loss, params, made_up)
     learning_rate = plan.codec.learning_rate if task.stage == "codec" and plan.codec else plan.training.learning_rate
     state = _state_path(config, task, task.round - 1)
+    spare = canaries.spare(config, plan, task, stage)
     outcome = train_round(
         params=params,
         unit_loss=unit_loss,
@@ -281,7 +283,10 @@ def _train(
         speed=speed,
         noise=noise,
         optimizer_state=load_file(state) if state.is_file() else None,
+        canaries=spare,
     )
+    if outcome.spare_TD is not None:
+        canaries.keep(config, plan, task, stage, outcome.spare_TD)
     body = save({name: value.contiguous() for name, value in outcome.optimizer_state.items()})
     write_durably(_state_path(config, task, task.round), bytes(body))
     return outcome.params

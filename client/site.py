@@ -89,6 +89,8 @@ class PolicySection(_Frozen):
         quiet_hours: spans of the day, local time, in which no round begins; one that runs is finished.
         peers: which peers' keys a plan may name: ``seen``: those known here, and new ones, which an approval pins;
             ``compared``: only those whose fingerprint somebody here compared (``medgen site peers``).
+        max_canaries: most made-up patients that a plan may put into spare coordinates of training, to audit it; 0 refuses
+            such plans. They read no record, change no weight and cost no budget.
     """
 
     min_contributors: int = Field(default=3, ge=1, le=256)
@@ -100,6 +102,7 @@ class PolicySection(_Frozen):
     approvers: dict[Person, Hex32] = Field(default_factory=dict)
     quiet_hours: tuple[QuietHours, ...] = ()
     peers: Literal["seen", "compared"] = "seen"
+    max_canaries: int = Field(default=10_000, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -16,6 +16,8 @@ Covered
     * A patient whose loss or gradient is not finite contributes zero. An empty draw is stepped, noised and charged.
     * A stage without noise (not private) runs the same path with sigma 0, clipping included.
     * What comes out depends on patients only through noised sums: weights, and the optimizer's moments of them.
+    * Canaries (:mod:`privacy.spare`) pass the same sampler, clip, noise and divisor in coordinates of their own; weights are
+      the same with and without them, and an auditor gets the noised sums of those coordinates and nothing else.
 
 Not covered
     * Rounding when a patient is *removed* instead of emptied: later patients then move to other chunks, which changes
@@ -28,15 +30,18 @@ Not covered
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from privacy.engines import as_stored, flat_rows, norm_bounds
 from privacy.gradients import ProvedHooks, Speed, UnitLoss, batch_size, raw_gradients
 from privacy.noise import BLOCK_VALUES, NoiseSource, to_grid
+from privacy.spare import SpareCanaries
 from privacy.stages import TrainingStage
 
 Prepare = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
@@ -52,12 +57,15 @@ class RoundOutcome:
         optimizer_state: ``"<moment>:<parameter>"`` -> tensor, flat, to be saved and handed to the next round.
         steps: steps taken in this round: the plan's number, always.
         deterministic: the noise can be repeated, so nothing here is private.
+        spare_TD: noised sums of the spare coordinates at every step, in units of the clip; None without canaries. They are
+            a function of coins and noise, and for the auditor alone.
     """
 
     params: dict[str, Tensor]
     optimizer_state: dict[str, Tensor]
     steps: int
     deterministic: bool
+    spare_TD: NDArray[np.float64] | None = None
 
 
 class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no types
@@ -75,6 +83,7 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
         divisor: float,
         noise: NoiseSource,
         chunk: int = 16,
+        canaries: SpareCanaries | None = None,
     ) -> None:
         super().__init__(
             optimizer,
@@ -85,8 +94,11 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
         )
         self._noise = noise
         self._chunk = chunk
+        self._canaries = canaries
         self._losses: Tensor | None = None
         self._total: Tensor | None = None
+        self.spare_grad: Tensor | None = None
+        """What the spare coordinates' ``grad`` would be: noised and divided, float64; for the auditor."""
 
     def accumulate(
         self, gradients: Mapping[str, Tensor], named: Mapping[str, nn.Parameter], losses: Tensor | None = None
@@ -105,9 +117,21 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
             for parameter in named.values():
                 parameter.grad_sample = None  # type: ignore[attr-defined]
 
+    def accumulate_canaries(self, coordinates: Tensor) -> None:
+        """Clip the canaries of these spare coordinates and add them to the sums, by the code that does it to patients."""
+        assert self._canaries is not None
+        for part in torch.split(coordinates, self._chunk):
+            if len(part):
+                total = self._spare_sum()
+                self._clip_into([self._canaries.gradients(part, self.max_grad_norm).to(total.device)], [total])
+
     def clip_and_accumulate(self) -> None:
-        """Add each patient's gradient, scaled to at most C, to the float64 sums; :func:`clip_factors` has the argument."""
-        bounds = norm_bounds(self.grad_samples)
+        """Add each patient's gradient, scaled to at most C, to the float64 sums."""
+        self._clip_into(self.grad_samples, self._sums())
+
+    def _clip_into(self, gradients: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+        """Scale each row's whole gradient to at most C and add it up; :func:`clip_factors` has the argument."""
+        bounds = norm_bounds(gradients)
         if len(bounds) > self._chunk:
             raise ValueError(
                 f"Expected at most {self._chunk} patients at once, got {len(bounds)}; hand them over in chunks"
@@ -117,37 +141,55 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
             finite &= torch.isfinite(self._losses)
         factors = torch.where(finite, clip_factors(bounds, self.max_grad_norm, self._chunk), 0.0)
         silent = (~finite).nonzero()[:, 0]
-        for parameter, total in zip(self.params, self._sums(), strict=True):
-            stored, order = as_stored(parameter.grad_sample)
+        for gradient, total in zip(gradients, sums, strict=True):
+            stored, order = as_stored(gradient)
             flat = flat_rows(stored)
             if len(silent):
                 flat = flat.index_fill(0, silent, 0.0)  # zero times infinity is not a number
             total.permute(order).add_((factors.to(flat.dtype) @ flat).view(stored.shape[1:]))
 
     def _sums(self) -> list[Tensor]:
-        """The float64 sum of every parameter: views of one vector, so that noise is drawn and rounded in one go."""
+        """The float64 sum of every parameter: views of one vector, so that noise is drawn and rounded in one go.
+
+        The spare coordinates are that vector's end.
+        """
         if self._total is None:
             device = self.params[0].device
-            self._total = torch.zeros(sum(p.numel() for p in self.params), dtype=torch.float64, device=device)
-            pieces = torch.split(self._total, [p.numel() for p in self.params])
-            for parameter, piece in zip(self.params, pieces, strict=True):
+            sizes = [p.numel() for p in self.params]
+            self._total = torch.zeros(sum(sizes) + self._spare_size, dtype=torch.float64, device=device)
+            pieces = torch.split(self._total, [*sizes, self._spare_size])
+            for parameter, piece in zip(self.params, pieces[:-1], strict=True):
                 parameter.summed_grad = piece.view(parameter.shape)
         return [parameter.summed_grad for parameter in self.params]
+
+    @property
+    def _spare_size(self) -> int:
+        return 0 if self._canaries is None else self._canaries.enrolled_D.size
+
+    def _spare_sum(self) -> Tensor:
+        self._sums()
+        assert self._total is not None  # just made
+        return self._total[len(self._total) - self._spare_size :]
 
     def add_noise(self) -> None:
         """Noise every sum, an empty one too, and put it on the public grid; from here on it may be seen."""
         self._sums()
         assert self._total is not None  # just made
         std = self.noise_multiplier * self.max_grad_norm
-        for part in torch.split(self._total, BLOCK_VALUES):
-            part.add_(self._noise.gaussian(part.shape, std, dtype=torch.float64).to(part.device))
-            part.copy_(to_grid(part, std))
+        network, spare = torch.split(self._total, [len(self._total) - self._spare_size, self._spare_size])
+        sources = [(network, self._noise)] + ([(spare, self._canaries.noise)] if self._canaries is not None else [])
+        for sums, source in sources:
+            for part in torch.split(sums, BLOCK_VALUES):
+                part.add_(source.gaussian(part.shape, std, dtype=torch.float64).to(part.device))
+                part.copy_(to_grid(part, std))
 
     def scale_grad(self) -> None:
         """Divide by the public constant q * N_decl and round to the parameter's type."""
         for parameter, total in zip(self.params, self._sums(), strict=True):
             parameter.grad = (total / self.expected_batch_size).to(parameter.dtype)
             parameter.summed_grad = None
+        if self._canaries is not None:
+            self.spare_grad = self._spare_sum() / self.expected_batch_size
         self._total = None
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -160,7 +202,7 @@ class StreamDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus ships no t
         """Forget every gradient and sum, whatever was interrupted."""
         for parameter in self.params:
             parameter.grad_sample, parameter.summed_grad, parameter.grad = None, None, None
-        self._total = None
+        self._total, self.spare_grad = None, None
         self._step_skip_queue: list[bool] = []
         self._is_last_step_skipped = False
 
@@ -200,6 +242,7 @@ def train_round(
     betas: tuple[float, float] = (0.9, 0.98),
     on_step: Callable[[int, int], None] | None = None,
     hooks: ProvedHooks | None = None,
+    canaries: SpareCanaries | None = None,
 ) -> RoundOutcome:
     """One round of ``stage.steps`` DP steps at one site.
 
@@ -220,9 +263,10 @@ def train_round(
         optimizer_state: what an earlier round returned, or None to start afresh.
         on_step: called with (steps done, steps) after each step; it learns nothing about patients.
         hooks: proof for engine ``hooks``.
+        canaries: made-up patients in spare coordinates, or None; parameters and state are the same either way.
 
     Returns:
-        New parameters and optimizer state.
+        New parameters and optimizer state, and what the auditor sees of the canaries.
 
     Raises:
         ValueError: the stage is not calibrated, or an argument breaks a rule stated above.
@@ -237,12 +281,21 @@ def train_round(
     adam = torch.optim.AdamW(list(named.values()), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
     _load_state(adam, named, optimizer_state)
     optimizer = StreamDPOptimizer(
-        adam, sigma=stage.sigma, clip=stage.clip, divisor=stage.divisor(n_decl), noise=noise, chunk=speed.chunk
+        adam,
+        sigma=stage.sigma,
+        clip=stage.clip,
+        divisor=stage.divisor(n_decl),
+        noise=noise,
+        chunk=speed.chunk,
+        canaries=canaries,
     )
     generator = noise.torch_generator()
+    spare = torch.zeros(0, dtype=torch.int64) if canaries is None else canaries.coordinates
+    seen: list[NDArray[np.float64]] = []
     try:
         for step in range(stage.steps):
-            rows = draw_patients(noise, patients, stage.sampling_rate)
+            drawn = draw_patients(noise, patients + len(spare), stage.sampling_rate)
+            rows, others = drawn[drawn < patients], drawn[drawn >= patients] - patients
             for part in torch.split(rows, speed.chunk):
                 if len(part):
                     units = prepare(part, generator)
@@ -251,7 +304,11 @@ def train_round(
                     current = {name: parameter.detach() for name, parameter in named.items()}
                     gradients, losses = raw_gradients(unit_loss, current, units, speed.engine, hooks)
                     optimizer.accumulate(gradients, named, losses)
+            if canaries is not None:
+                optimizer.accumulate_canaries(spare[others])
             optimizer.step()
+            if optimizer.spare_grad is not None:
+                seen.append(optimizer.spare_grad.cpu().numpy() * (stage.divisor(n_decl) / stage.clip))
             optimizer.clear()
             if on_step is not None:
                 on_step(step + 1, stage.steps)
@@ -262,6 +319,7 @@ def train_round(
         optimizer_state=_save_state(adam, named),
         steps=stage.steps,
         deterministic=noise.deterministic,
+        spare_TD=np.stack(seen) if seen else None,
     )
 
 

@@ -42,7 +42,7 @@ def run_study(grid: Grid, context: Context) -> str:
     from medgen_models.assembly import StudyModel, assemble
     from medgen_models.public_model import PublicModel
     from medgen_models.table_prior import variables
-    from server import auditing, description, publishing, stages
+    from server import auditing, canaries, description, publishing, stages
     from server.events import EventLog
     from server.runfolder import RunFolder
     from server.session import attend, gather, open_session
@@ -64,6 +64,7 @@ def run_study(grid: Grid, context: Context) -> str:
     state = stages.core(session, sites, model(state), state)
 
     final, sites = model(state), attend(session, sites)
+    training = canaries.open_coins(session, sites)
     cohort = publishing.sample(session, final, counts)
     audit = auditing.attack_cohort(session, sites, state, folder.cohort, publishing.outcome_of(session.schema))
-    return publishing.publish(session, final, cohort, audit, sites)
+    return publishing.publish(session, final, cohort, audit, sites, training)

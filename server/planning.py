@@ -15,6 +15,7 @@ from importlib.metadata import version
 from medgen_models.description import numeric_columns
 from medgen_models.prototypes import factor_of
 from medgen_models.schema import IMAGE_KINDS, Schema
+from privacy.audit.in_training import design
 from privacy.audit.validity import BLIND_THRESHOLDS
 from privacy.boundary.description import NumericColumn, Statistics
 from privacy.boundary.plan import (
@@ -112,7 +113,7 @@ def build_plan(
         codec=CodecTraining(slots=config.codec.slots, learning_rate=config.codec.learning_rate)
         if config.codec.slots
         else None,
-        audit=_audit(config),
+        audit=_audit(config, dp),
         release=Release(
             patients=config.release.patients,
             steps=config.release.steps,
@@ -213,7 +214,7 @@ def _training(name: str, config: TrainingConfig, public_norm: float) -> Training
     )
 
 
-def _audit(config: StudyConfig) -> Audit:
+def _audit(config: StudyConfig, dp: DPPlan) -> Audit:
     """Attacks in the order in which the report shows them; thresholds are constants of this module."""
     if not config.audit.enabled:
         return Audit()
@@ -228,6 +229,7 @@ def _audit(config: StudyConfig) -> Audit:
         cap=config.audit.cap,
         draws=config.audit.draws,
         pairs=config.audit.pairs,
+        canaries=design(dp, config.audit.canaries) if config.audit.canaries and dp.private else None,
     )
 
 

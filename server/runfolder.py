@@ -79,6 +79,11 @@ class RunFolder:
         return self.coordinator / "heads.json"
 
     @property
+    def commitments(self) -> Path:
+        """Commitments to the sites' canary coins, as first told; there for a plan with an in-training audit."""
+        return self.coordinator / "canaries.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the one coordinator that runs the study."""
         return self.coordinator / "run.lock"
@@ -137,6 +142,11 @@ class RunFolder:
     def cohort(self) -> Path:
         """The candidate cohort, as files."""
         return self.path / "cohort"
+
+    @property
+    def model(self) -> Path:
+        """The finished model as it goes into a bundle; there unless the verdict was BLOCK."""
+        return self.path / "model"
 
     @property
     def bundle(self) -> Path:

@@ -21,6 +21,7 @@ from privacy.plan import DPPlan
 from server.aggregation import Aggregator, StudyError
 from server.attendance import Attendance
 from server.checkpoints import Checkpoints
+from server.commitments import Commitments
 from server.events import EventLog
 from server.exchange import Exchange
 from server.runfolder import RunFolder
@@ -46,6 +47,11 @@ class Session:
     checkpoints: Checkpoints
     events: EventLog
     attendance: Attendance = field(default_factory=Attendance)
+
+    @property
+    def commitments(self) -> Commitments:
+        """What sites committed to before they trained."""
+        return Commitments(self.folder.commitments)
 
     @property
     def public_parts(self) -> tuple[str, ...]:
@@ -152,6 +158,7 @@ def _admit(session: Session, found: Iterable[str]) -> tuple[str, ...]:
                 session.attendance.codes[site] = "LEDGER_UNUSABLE"
                 continue
             known.learn({site: head})
+            session.commitments.learn(site, reply.canaries)
             sites.append(site)
         else:
             code = reply.code if isinstance(reply, Refusal) else "NOT_APPROVED"

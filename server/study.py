@@ -145,11 +145,17 @@ class StatisticsConfig(_Public):
 
 
 class ReleaseConfig(_Public):
-    """The synthetic cohort."""
+    """The synthetic cohort.
+
+    Attributes:
+        formats: what the bundle holds beside the cohort's own files (NIfTI, PNG, CSV, Parquet): ``dicom`` writes every image
+            once more, pixel for pixel.
+    """
 
     patients: int = Field(default=64, ge=1)
     steps: int = Field(default=20, ge=2, le=100)
     guidance: float = Field(default=2.0, ge=0)
+    formats: tuple[Literal["dicom"], ...] = ("dicom",)
 
 
 class AuditConfig(_Public):
@@ -159,12 +165,15 @@ class AuditConfig(_Public):
         draws: fixed (time, noise) draws on which losses are averaged.
         pairs: pre-drawn (event, no event) pairs on which held-out utility is counted; 0 turns it off.
         cap: how often an audit may be asked of a site under one plan.
+        canaries: made-up patients in spare coordinates of training at each site, by whose secret coins the promise is
+            tried: nothing of theirs is in an update; 0 turns it off, and no plan without noise has them.
     """
 
     enabled: bool = True
     draws: int = Field(default=8, ge=1)
     pairs: int = Field(default=200, ge=0)
     cap: int = Field(default=3, ge=1)
+    canaries: int = Field(default=1000, ge=0, le=100_000)
 
 
 class ExecutionConfig(_Public):

@@ -38,6 +38,7 @@ from privacy.audit.bounds import GaussianBound, ThresholdCounts, best_epsilon_lo
 from privacy.engines import UnitLoss
 from privacy.gradients import Speed
 from privacy.noise import NoiseSource
+from privacy.spare import STRENGTH
 from privacy.stages import TrainingStage
 from privacy.training import Prepare, train_round
 
@@ -47,7 +48,6 @@ CANARY = "canary"  # the extra parameter, and the field of a unit that says whic
 AUDIT_DELTA = 1e-2  # where tens of thousands of trials can show most of a promise
 GAUSSIAN_DELTA = 1e-5
 CONFIDENCE = 0.999
-STRENGTH = 10.0  # a canary's gradient before the clip, in units of the clip
 PER_ARM = 50_000
 PER_RUN = 1024
 CHUNK = 64  # small: the clip leaves room for rounding that grows with the square of a chunk

@@ -45,6 +45,25 @@ def digest(name: str, value: Any) -> None:
     _need(isinstance(value, str) and bool(_DIGEST.fullmatch(value)), name, value, "64 lower-case hexadecimal digits")
 
 
+def digest_or_none(name: str, value: Any) -> None:
+    """A digest, or nothing."""
+    if value != "":
+        digest(name, value)
+
+
+def counts(name: str, value: Any) -> None:
+    """At most 16 entries, stage -> count."""
+    _need(isinstance(value, Mapping) and len(value) <= 16, name, value, "at most 16 entries")
+    for key, entry in value.items():
+        stage(f"{name} key", key)
+        count(f"{name}.{key}", entry)
+
+
+def salt(name: str, value: Any) -> None:
+    """32 bytes."""
+    _need(isinstance(value, bytes) and len(value) == 32, name, value, "a salt of 32 bytes")
+
+
 def count(name: str, value: Any) -> None:
     """An integer from 0 to 2^31 - 1."""
     _need(type(value) is int and 0 <= value <= MAX_COUNT, name, value, f"an integer from 0 to {MAX_COUNT}")

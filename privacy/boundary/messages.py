@@ -143,6 +143,18 @@ class UnmaskRequest(_Message):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class CanaryRequest(_Message):
+    """Training of this plan is over: show the coins that you committed to, and the scores."""
+
+    plan_hash: Annotated[str, rule.digest]
+    signature: Annotated[bytes, rule.signature_or_none] = b""
+
+    def digest(self) -> str:
+        """SHA-256 over everything but the signature."""
+        return hashlib.sha256(canonical(["canary-request", self.plan_hash]).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Capabilities(_Message):
     """What a site offers, as its data manager typed it in; nothing here is counted from data.
 
@@ -186,12 +198,15 @@ class Approval(_Message):
 
     Attributes:
         ledger_seq, ledger_hash: head of the site's ledger; 0 and 64 zeros before there is one.
+        canaries: SHA-256 of the coins of the in-training audit and a salt, the same whenever it is asked; empty while the
+            plan is pending and where it has no canaries.
     """
 
     plan_hash: Annotated[str, rule.digest]
     status: Annotated[Literal["approved", "pending"], rule.one_of("approved", "pending")]
     ledger_seq: Annotated[int, rule.count]
     ledger_hash: Annotated[str, rule.digest]
+    canaries: Annotated[str, rule.digest_or_none] = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -224,14 +239,29 @@ class UnmaskAnswer(_Message):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class CanaryOpening(_Message):
+    """The coins of the in-training audit with their salt, and one score per canary: functions of coins and noise alone.
+
+    Attributes:
+        rounds: stage -> round computations that the scores are made of, as this site answered or began them.
+        arrays: ``coins`` (uint32, 0 or 1) and ``scores`` (float32), one per canary.
+    """
+
+    plan_hash: Annotated[str, rule.digest]
+    salt: Annotated[bytes, rule.salt]
+    rounds: Annotated[Mapping[str, int], rule.counts]
+    arrays: Annotated[Arrays, rule.arrays("uint32", "float32")]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Refusal(_Message):
     """No, with a code from the closed list."""
 
     code: Annotated[RefusalCode, rule.one_of(*sorted(REFUSAL_CODES))]
 
 
-Request = CapabilitiesRequest | PartQuery | PartPut | PlanProposal | RoundTask | UnmaskRequest
-Reply = Capabilities | PartsMissing | PartStored | Approval | MaskedAnswer | UnmaskAnswer | Refusal
+Request = CapabilitiesRequest | PartQuery | PartPut | PlanProposal | RoundTask | UnmaskRequest | CanaryRequest
+Reply = Capabilities | PartsMissing | PartStored | Approval | MaskedAnswer | UnmaskAnswer | CanaryOpening | Refusal
 Message = Request | Reply
 
 REQUESTS: tuple[type[Message], ...] = typing.get_args(Request)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from privacy.boundary.messages import Capabilities, PlanProposal, RoundTask, UnmaskRequest
+from privacy.boundary.messages import CanaryRequest, Capabilities, PlanProposal, RoundTask, UnmaskRequest
 from privacy.boundary.plan import SITE_BINDING_TYPE, RosterEntry, StudyPlan, binding_payload
 from privacy.boundary.refusals import Refused
 from privacy.identity import IdentityKey, verify
@@ -18,6 +18,7 @@ from privacy.identity import IdentityKey, verify
 PLAN_TYPE = "application/vnd.medgen.study-plan+json"
 TASK_TYPE = "application/vnd.medgen.round-task"
 UNMASK_TYPE = "application/vnd.medgen.unmask-request"
+CANARY_TYPE = "application/vnd.medgen.canary-request"
 
 
 def sign_plan(plan: StudyPlan, key: IdentityKey) -> PlanProposal:
@@ -76,6 +77,21 @@ def verify_unmask(request: UnmaskRequest, coordinator: bytes) -> None:
     """
     if not verify(coordinator, request.signature, UNMASK_TYPE, request.digest().encode()):
         raise Refused("BAD_SIGNATURE", "the survivor set")
+
+
+def sign_canary_request(request: CanaryRequest, key: IdentityKey) -> CanaryRequest:
+    """The same request with the coordinator's signature over its digest."""
+    return dataclasses.replace(request, signature=key.sign(CANARY_TYPE, request.digest().encode()))
+
+
+def verify_canary_request(request: CanaryRequest, coordinator: bytes) -> None:
+    """Check that ``coordinator`` asks for the coins.
+
+    Raises:
+        Refused: ``BAD_SIGNATURE``.
+    """
+    if not verify(coordinator, request.signature, CANARY_TYPE, request.digest().encode()):
+        raise Refused("BAD_SIGNATURE", "the request for canaries")
 
 
 def sign_capabilities(

@@ -10,6 +10,8 @@ import pytest
 
 from privacy.boundary.messages import (
     Approval,
+    CanaryOpening,
+    CanaryRequest,
     Capabilities,
     CapabilitiesRequest,
     MaskedAnswer,
@@ -47,14 +49,18 @@ def wall_messages() -> tuple[Message, ...]:
         PlanProposal(b'{"study":"demo"}', b"\x01" * 64),
         RoundTask(d, "codec/mri", 3, 1, ("a", "b", "c"), (e,), arrays, {"a": f"7:{d}"}, b"\x02" * 64),
         UnmaskRequest(d, "core", 3, 1, e, ("a", "c"), b"\x03" * 64),
+        CanaryRequest(d, b"\x09" * 64),
         Capabilities(
             "a", ("mri", "ehr"), 200, 20, 3, b"\x04" * 32, b"\x05" * 32, b"\x06" * 64, {"medgen": "0.1"}, "cpu"
         ),
         PartsMissing((e,)),
         PartStored(d),
-        Approval(d, "pending", 0, "0" * 64),
+        Approval(d, "pending", 0, "0" * 64, e),
         MaskedAnswer(d, {"trunk": arrays["seed"], "slot/pet": arrays["trunk"]}, 7, e),
         UnmaskAnswer(d, b"\x07" * 40, {"a": b"\x08" * 32}),
+        CanaryOpening(
+            d, b"\x0a" * 32, {"core": 3}, {"coins": arrays["seed"] % 2, "scores": np.array([0.5, -1.5], np.float32)}
+        ),
         Refusal("SPARES_EXHAUSTED"),
     )
 

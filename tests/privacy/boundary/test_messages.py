@@ -60,6 +60,7 @@ SURFACE = {
         "survivors: tuple[str, ...]",
         "signature: bytes",
     ],
+    "CanaryRequest": ["plan_hash: str", "signature: bytes"],
     "Capabilities": [
         "site: str",
         "slots: tuple[str, ...]",
@@ -79,9 +80,11 @@ SURFACE = {
         "status: Literal['approved', 'pending']",
         "ledger_seq: int",
         "ledger_hash: str",
+        "canaries: str",
     ],
     "MaskedAnswer": ["task_digest: str", "groups: Arrays", "ledger_seq: int", "ledger_hash: str"],
     "UnmaskAnswer": ["task_digest: str", "sealed: bytes", "agreement: Mapping[str, bytes]"],
+    "CanaryOpening": ["plan_hash: str", "salt: bytes", "rounds: Mapping[str, int]", "arrays: Arrays"],
     "Refusal": ["code: RefusalCode"],
 }
 D = "d" * 64
