@@ -172,18 +172,19 @@ def _follow(process: subprocess.Popen[str], link: Uplink, tail: deque[str], say:
     """Read what the SuperNode prints; of it only what changes is said."""
     assert process.stdout is not None
     state: Literal["away", "here"] = "away"
-    for line in process.stdout:
-        text = line.strip()
-        tail.append(text)
-        match state:
-            case "away" if "SuperNode ID:" in text or "Connection successful" in text:
-                state = "here"
-                say(f"signed in at {link.host}:{link.port}")
-            case "here" if "Connection attempt failed" in text:
-                state = "away"
-                say(f"{link.host}:{link.port} does not answer; trying until it does")
-            case _:
-                pass
+    with process.stdout as printed:
+        for line in printed:
+            text = line.strip()
+            tail.append(text)
+            match state:
+                case "away" if "SuperNode ID:" in text or "Connection successful" in text:
+                    state = "here"
+                    say(f"signed in at {link.host}:{link.port}")
+                case "here" if "Connection attempt failed" in text:
+                    state = "away"
+                    say(f"{link.host}:{link.port} does not answer; trying until it does")
+                case _:
+                    pass
 
 
 def _why(link: Uplink, key: str, tail: deque[str], code: int) -> str:

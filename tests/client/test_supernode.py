@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import ssl
 import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -86,6 +87,38 @@ def test_a_connection_that_has_given_up_ends_the_process(tmp_path: Path) -> None
     why = supernode._why(link, "", deque(lines, maxlen=12), process.returncode)
     assert "gave the connection up" in why
     assert "404" in why
+
+
+def test_a_supernode_that_is_refused_is_started_again_after_waits_that_grow_past_its_own_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that came back too soon is refused until the SuperLink has given its first life up, after about a minute."""
+    waits: list[float] = []
+
+    class Clock(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout != 0.2:  # which is how a running SuperNode is watched
+                waits.append(timeout or 0.0)
+                if len(waits) == 9:
+                    self.set()
+                return self.is_set()
+            return super().wait(0.01)
+
+    @contextlib.contextmanager
+    def clock() -> Iterator[Clock]:
+        yield Clock()
+
+    refused = [sys.executable, "-c", "print('node is already active (412)'); raise SystemExit(1)"]
+    monkeypatch.setattr(supernode, "command", lambda *_: refused)
+    monkeypatch.setattr(supernode, "_until_signalled", clock)
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    said: list[str] = []
+    with superlink(tmp_path) as link:
+        monkeypatch.setattr(supernode, "uplink", lambda _: link)
+        supernode.connect(tmp_path, said.append)
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert sum("412" in text for text in said) == 9
+    assert said[-1] == "signed out"
 
 
 def test_an_outbound_proxy_without_its_certificate_is_named(tmp_path: Path) -> None:
