@@ -33,8 +33,6 @@ from server.release.measures import (
     Utility,
 )
 
-SCHEMA_VERSION = "medgen.report/1"
-
 # A text that fits this names a place (an absolute or home path, a parent folder, an address); a report names things.
 _PLACE = re.compile(r"""(?:^|[\s(=:'"])[/~]/?[A-Za-z]|://|\.\./|\b[A-Za-z]:[\\/]""")
 

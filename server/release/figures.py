@@ -152,6 +152,74 @@ def roc(
         return _svg(figure)
 
 
+def forest(rows: Sequence[tuple[str, float, float, float, bool]], cap: float | None) -> bytes:
+    """AUC of every attack with its interval, against guessing and the most that the promise allows.
+
+    Args:
+        rows: name, low end, estimate, high end, and whether it is a diagnostic (drawn hollow).
+        cap: largest AUC while the promise holds; None draws none.
+    """
+    with _drawing(8.2, 0.75 + 0.26 * len(rows)) as figure:
+        axes = figure.add_subplot()
+        axes.axvline(0.5, color=INK, linestyle=(0, (1, 2)), linewidth=1.0)
+        if cap is not None:
+            axes.axvline(cap, color=WARN, linestyle="--", linewidth=1.4)
+        for place, (_, low, estimate, high, diagnostic) in enumerate(rows):
+            axes.plot([low, high], [place, place], color=COHORT, linewidth=1.6, solid_capstyle="butt")
+            axes.plot(
+                estimate, place, "o", color=COHORT, markerfacecolor="white" if diagnostic else COHORT, markersize=5
+            )
+        axes.set_yticks(range(len(rows)), labels=[row[0] for row in rows], fontsize=8)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        lowest = min([0.4, *(row[1] for row in rows)])
+        axes.set_xlim(max(0.0, lowest - 0.02), 1.0)
+        axes.set_xlabel("AUC: chance that a member is ranked above an outsider")
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color="#e6e9ec", linewidth=0.6)
+        axes.set_axisbelow(True)
+        return _svg(figure)
+
+
+def bounds(rows: Sequence[tuple[str, float, float]], promised: float | None) -> bytes:
+    """Refuted epsilon (filled) inside what a perfect attack of the same size could refute (hatched), against the promise.
+
+    Args:
+        rows: name (may be empty), lower bound, ceiling.
+        promised: epsilon; None or infinite draws no line.
+    """
+    known = promised is not None and math.isfinite(promised)
+    with _drawing(4.6, 0.75 + 0.34 * len(rows)) as figure:
+        axes = figure.add_subplot()
+        reach = max([1e-9, *(high for _, _, high in rows), *([promised] if known and promised is not None else [])])
+        for place, (_, low, high) in enumerate(rows):
+            axes.barh(place, high, height=0.5, color="white", hatch="////", edgecolor=LINE, linewidth=0.6)
+            axes.barh(place, low, height=0.5, color=COHORT)
+            axes.text(low + 0.015 * reach, place, f"{low:.2f}", va="center", fontsize=8.5,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0})  # fmt: skip
+        if known and promised is not None:
+            axes.axvline(promised, color=WARN, linestyle="--", linewidth=1.4)
+            axes.text(promised, -0.5, f"promised {promised:.3g} ", color=WARN, ha="right", va="bottom")
+        axes.set_yticks(range(len(rows)), labels=[name for name, _, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.95)
+        axes.set_xlim(0, reach * 1.06)
+        axes.set_xlabel("epsilon: refuted (filled), could be refuted (hatched)")
+        axes.tick_params(axis="y", length=0)
+        return _svg(figure)
+
+
+def exceed(title: str, thresholds: Sequence[float], member: Sequence[float], held_out: Sequence[float]) -> bytes:
+    """Share of members and of held-out patients at or above each similarity threshold."""
+    with _drawing(3.2, 1.95) as figure:
+        axes = figure.add_subplot()
+        axes.plot(thresholds, held_out, color=PUBLIC_LINE, linestyle="--", linewidth=1.6, marker="s", markersize=3)
+        axes.plot(thresholds, member, color=COHORT, linewidth=1.8, marker="o", markersize=3)
+        axes.set_title(title)
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+        axes.set_xlabel("similarity threshold")
+        return _svg(figure)
+
+
 def spend(sites: Sequence[str], spent: Sequence[float | None], promised: float) -> bytes:
     """Epsilon spent per site against the promise; a site whose spend is unknown has no bar and says so."""
     with _drawing(4.6, 0.95 + 0.36 * len(sites)) as figure:

@@ -1,11 +1,14 @@
 """``report.json`` -> one self-contained HTML page: styles, figures and pictures inside, nothing fetched, no script.
 
-The page is a pure function of the report and of the announced contact sheets: the same input gives the same bytes.
+The page is a pure function of the report and of the announced contact sheets: the same input gives the same bytes. A
+second page shows the same report under the headings of a framework.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +18,16 @@ import jinja2
 
 from server.release import figures
 from server.release.attack_evidence import AttackCounts
-from server.release.evidence import Evidence
+from server.release.document import Report
+from server.release.frameworks import Framework
+from server.release.statistics import AttackResult
 
-TEMPLATE = "report.html.j2"
+TEMPLATES = Path(__file__).parent / "templates"
 ROC_FLOOR = 1e-3
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
 
 
 def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
@@ -31,72 +40,120 @@ def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     Raises:
         ValueError: the report is of another version, or a contact sheet is missing.
     """
-    evidence = Evidence.model_validate(report["evidence"])
+    known = Report.model_validate(report)
+    evidence, derived = known.evidence, known.derived
     missing = [s.synthetic for s in evidence.sheets if s.synthetic not in images or s.public not in images]
     if missing:
         raise ValueError(f"{missing[0]}: announced in the report but not given")
+    attacks = [attack for attack in evidence.attacks if attack.kind != "copies"]
+    copies = [attack for attack in evidence.attacks if attack.kind == "copies"]
+    findings = known.verdict.findings
+    page: str = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            **_common(known),
+            derived=derived,
+            strongest=strongest(derived.attacks),
+            open_findings=[finding for finding in findings if finding.status in ("HOLD", "BLOCK")],
+            attacks=list(zip(attacks, derived.attacks, strict=True)),
+            copies=list(zip(copies, derived.copies, strict=True)),
+            risks=list(zip(evidence.risks, derived.risks, strict=True)),
+            subgroups=list(zip(evidence.subgroups, derived.subgroups, strict=True)),
+            figures=_figures(known),
+            pictures={name: _uri(body, "image/png") for name, body in images.items()},
+            tally={s: sum(f.status == s for f in findings) for s in ("PASS", "INFO", "HOLD", "BLOCK")},
+        )
+    )
+    return page
+
+
+def render_framework(report: Mapping[str, Any], framework: Framework) -> str:
+    """The evidence of a report under the headings of a framework, as a page of its own.
+
+    Raises:
+        ValueError: the report is of another version, or of one without facts.
+    """
+    known = Report.model_validate(report)
+    if not known.derived.facts:
+        raise ValueError("this report was written by a version without facts, which the headings quote")
+    canonical = (json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    page: str = (
+        _environment()
+        .get_template("framework.html.j2")
+        .render(**_common(known), framework=framework, report_sha256=hashlib.sha256(canonical).hexdigest())
+    )
+    return page
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"eps": epsilon, "pct": percent, "num": number, "size": size, "share": _share_range}
-    attacks = {row["name"]: row for row in report["derived"]["attacks"]}
-    return environment.get_template(TEMPLATE).render(
-        report=report,
-        evidence=evidence,
-        verdict=report["verdict"],
-        derived=report["derived"],
-        strongest=strongest(attacks),
-        open_findings=[f for f in report["verdict"]["findings"] if f["status"] in ("HOLD", "BLOCK")],
-        attacks=[(attack, attacks[attack.label]) for attack in evidence.attacks if attack.kind != "copies"],
-        copies=[attack for attack in evidence.attacks if attack.kind == "copies"],
-        figures=_figures(evidence, attacks, report["derived"]["caps"]),
-        pictures={name: _uri(body, "image/png") for name, body in images.items()},
-        tally={
-            status: sum(f["status"] == status for f in report["verdict"]["findings"])
-            for status in ("PASS", "INFO", "HOLD", "BLOCK")
-        },
-        infinite=math.inf,
-    )
+    environment.filters |= {"eps": epsilon, "pct": percent, "num": number, "size": size, "day": day}
+    return environment
 
 
-def strongest(attacks: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _common(known: Report) -> dict[str, Any]:
+    return {
+        "report": known,
+        "evidence": known.evidence,
+        "verdict": known.verdict,
+        "facts": {fact.name: fact for fact in known.derived.facts},
+    }
+
+
+def strongest(attacks: tuple[AttackResult, ...]) -> AttackResult | None:
     """The valid attack with the largest AUC; None if no attack has a result."""
-    valid = [attack for attack in attacks.values() if attack["valid"]]
-    return max(valid, key=lambda attack: float(attack["auc"]["estimate"]), default=None)
+    return max((a for a in attacks if a.auc is not None), key=lambda a: a.auc.estimate if a.auc else 0.0, default=None)
 
 
-def _figures(
-    evidence: Evidence, attacks: Mapping[str, Mapping[str, Any]], caps: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _figures(known: Report) -> dict[str, Any]:
     """All vector figures as data addresses."""
-    cap = [(point["fpr"], point["tpr"]) for point in caps["curve"]] if caps else []
-    promise = evidence.promise
-    drawn: dict[str, Any] = {"roc": {}}
+    evidence, derived, promise = known.evidence, known.derived, known.evidence.promise
+    cap = [(point.fpr, point.tpr) for point in derived.caps.curve] if derived.caps else []
+    promised = promise.epsilon if promise and promise.private else None
+    results = {result.name: result for result in derived.attacks}
+    drawn: dict[str, Any] = {"roc": {}, "bounds": {}, "forest": None, "exceed": {}}
+    forest = []
     for attack in evidence.attacks:
-        row = attacks.get(attack.label)
-        if row is None or not row["valid"]:
+        result = results.get(attack.label)
+        if attack.kind == "copies":
+            if attack.counts is not None and len(attack.thresholds) > 1:
+                drawn["exceed"][attack.label] = _svg(_exceed(attack))
             continue
-        drawn["roc"][attack.label] = _svg(
-            figures.roc(
-                **row["roc"],
-                cap=cap,
-                floor=_floor(attack),
-            )
-        )
+        if result is None or result.roc is None or result.auc is None:
+            continue
+        drawn["roc"][attack.label] = _svg(figures.roc(**result.roc.model_dump(), cap=cap, floor=_floor(attack)))
+        bound = ("", result.epsilon_lower_bound or 0.0, result.power_ceiling or 0.0)
+        drawn["bounds"][attack.label] = _svg(figures.bounds([bound], promised))
+        area = result.auc
+        forest.append((attack.label, area.low, area.estimate, area.high, attack.kind == "diagnostic"))
+    if forest:
+        drawn["forest"] = _svg(figures.forest(forest, derived.caps.auc if derived.caps else None))
+    if evidence.training_audit is not None:
+        rows = [(site.site, site.one_run, site.ceiling) for site in evidence.training_audit.sites]
+        drawn["canaries"] = _svg(figures.bounds(rows, evidence.training_audit.promise))
     if evidence.sites:
         spent = [site.epsilon_spent for site in evidence.sites]
-        promised = promise.epsilon if promise else math.inf
-        drawn["spend"] = _svg(figures.spend([site.site for site in evidence.sites], spent, promised))
+        total = promise.epsilon if promise else math.inf
+        drawn["spend"] = _svg(figures.spend([site.site for site in evidence.sites], spent, total))
     drawn["marginals"] = [_svg(body) for body in figures.marginals(evidence.marginals)]
     drawn["traces"] = [_svg(body) for body in figures.traces(evidence.traces)]
     if evidence.correlations:
         drawn["correlations"] = _svg(figures.correlations(evidence.correlations))
     return drawn
+
+
+def _exceed(attack: AttackCounts) -> bytes:
+    member = [hits / attack.trials_member for hits in attack.hits_member]
+    held_out = [hits / attack.trials_held_out for hits in attack.hits_held_out]
+    return figures.exceed(attack.label, attack.thresholds, member, held_out)
 
 
 def _floor(attack: AttackCounts) -> float:
@@ -150,6 +207,18 @@ def number(value: float | str | None, digits: int = 3) -> str:
     return f"{plain:.{digits}g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
+def day(moment: str) -> str:
+    """A moment of the report, for people.
+
+    >>> day("2026-11-04T10:05:00Z"), day("2026-11-04")
+    ('4 November 2026, 10:05 UTC', '4 November 2026')
+    """
+    date, _, clock = moment.partition("T")
+    year, month, number = date.split("-")
+    words = f"{int(number)} {_MONTHS[int(month) - 1]} {year}"
+    return f"{words}, {clock[:5]} UTC" if clock else words
+
+
 def size(value: int) -> str:
     """Bytes for people, in powers of 1024.
 
@@ -162,10 +231,3 @@ def size(value: int) -> str:
             return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.1f} GiB"
-
-
-def _share_range(interval: Mapping[str, Any] | None) -> str:
-    """``1.2% (0.0% to 4.5%)``."""
-    if interval is None:
-        return "–"
-    return f"{percent(interval['estimate'])} ({percent(interval['low'])} to {percent(interval['high'])})"

@@ -1,0 +1,44 @@
+"""The report as PDF, drawn from its HTML by WeasyPrint: an optional extra that needs the Pango library of the system.
+
+PDF/A-3a (archival, tagged for screen readers). The same HTML gives the same bytes with the same WeasyPrint and fonts: dates
+and identifier come from the report, not from the clock. Nothing is fetched; an address in the page would be an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import Literal
+
+VARIANT: Literal["pdf/a-3a"] = "pdf/a-3a"
+
+
+class PdfUnavailable(RuntimeError):
+    """No PDF can be made here; the message says what is missing and how to get it."""
+
+
+def render_pdf(html: str) -> bytes:
+    """A PDF of a page of :mod:`server.release.render`.
+
+    Raises:
+        PdfUnavailable: WeasyPrint or a library that it needs is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of optional libraries, at import
+            import weasyprint
+            from weasyprint.urls import URLFetcher
+    except ImportError as error:
+        raise PdfUnavailable(
+            "no PDF: WeasyPrint is not installed here; pip install 'medgen[pdf]', or print report.html from a browser"
+        ) from error
+    except OSError as error:  # WeasyPrint is there and cannot load a library of the system
+        raise PdfUnavailable(
+            "no PDF: the Pango library, which WeasyPrint needs, is not on this machine (Debian and Ubuntu: apt install "
+            "libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0; macOS: brew install pango), or print report.html "
+            f"from a browser. Seen: {str(error)[:160]}"
+        ) from error
+    body: bytes = weasyprint.HTML(string=html, url_fetcher=URLFetcher(allowed_protocols=("data",))).write_pdf(
+        pdf_identifier=hashlib.sha256(html.encode()).digest()[:16], pdf_variant=VARIANT, pdf_tags=True
+    )
+    return body
