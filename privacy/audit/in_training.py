@@ -255,15 +255,16 @@ def lower_bounds(
 ) -> TrainingBounds:
     """All bounds from guesses and hits, beside an accounted epsilon and mu; ``confidence`` holds for the three together."""
     each = 1 - (1 - confidence) / BOUNDS
-    perfect, sides = Guesses(guesses.canaries, guesses.guesses, guesses.guesses), len(hits.thresholds)
+    one_run_ceiling, f_dp_ceiling = _ceilings(guesses.canaries, guesses.guesses, delta, each)
+    sides = len(hits.thresholds)
     gaussian = best_gaussian_lower_bound(hits, delta, each)
     return TrainingBounds(
         one_run=best_one_run_lower_bound(guesses, delta, each),
         f_dp=best_fdp_lower_bound(guesses, delta, each),
         mu=gaussian.mu,
         gaussian=gaussian.epsilon,
-        one_run_ceiling=best_one_run_lower_bound(perfect, delta, each),
-        f_dp_ceiling=best_fdp_lower_bound(perfect, delta, each),
+        one_run_ceiling=one_run_ceiling,
+        f_dp_ceiling=f_dp_ceiling,
         gaussian_ceiling=gaussian_power_ceiling(hits.trials_member, hits.trials_held_out, delta, each, sides).epsilon,
         epsilon=epsilon,
         accounted_mu=mu,
@@ -271,3 +272,10 @@ def lower_bounds(
         delta=delta,
         confidence=each,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _ceilings(canaries: int, guesses: tuple[int, ...], delta: float, each: float) -> tuple[float, float]:
+    """One-run and f-DP bounds if every guess were right."""
+    perfect = Guesses(canaries, guesses, guesses)
+    return best_one_run_lower_bound(perfect, delta, each), best_fdp_lower_bound(perfect, delta, each)
