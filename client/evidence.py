@@ -1,53 +1,48 @@
 """Attacks run where the members are: on the released files as written, and on the final weights.
 
-What comes out is one vector of counts of public length, in the order of the plan: hits on sampled members and hits on
-held-out patients at thresholds that were fixed before anyone looked, then concordant pairs. Sample sizes are the
-public numbers of the roster; which patients are drawn is decided by a keyed hash. Nothing else is returned.
+What comes out is one vector of counts of public length, in the order of the plan (:mod:`privacy.audit.message`): hits on
+sampled members and hits on held-out patients at thresholds that were fixed before anyone looked, with membership dealt out
+at random beside them, then the three risks, groups of patients, and concordant pairs. Sample sizes are the public numbers
+of the roster; which patients are drawn is decided by a keyed hash. Nothing else is returned. Scores and pairs stay on
+site in a sealed annex.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import hmac
+import math
 import shutil
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from client import annex
 from client.enrolment import load_keys
 from client.memory import Memory
 from client.parts import PartStore
 from client.policy import SiteConfig
 from client.records.load import read_synthetic
 from client.rounds import Vectors, read_records
+from client.scoring import SEED, Attacked, Sides
 from client.sitemodel import model_of
 from medgen_models.assembly import StudyModel
-from medgen_models.flow import fixed_losses
-from medgen_models.schema import PatientBatch
-from medgen_models.tokens import TokenBatch
-from privacy.audit.attacks import copied, counts_at, nearest_neighbour_score, token_distance
+from medgen_models.patient_features import columns_of
+from medgen_models.schema import PatientBatch, Schema, unscale
+from privacy.audit.attacks import counts_at
+from privacy.audit.message import PAIRS, SIDES, UNJUDGED, WORST, Counts, Key, in_groups, pack, worst_of
+from privacy.audit.mixed import Columns
 from privacy.audit.parts import PartsManifest, assemble
-from privacy.audit.validity import blind_scores
+from privacy.audit.patient_risks import Worked, try_risk
+from privacy.audit.population import POPULATION_FILE, Lens, Population
 from privacy.boundary.messages import RoundTask
-from privacy.boundary.plan import StudyPlan
+from privacy.boundary.plan import Audit, PatientGroup, StudyPlan
 from privacy.boundary.refusals import Refused
 from privacy.ledger import UncoveredToken
 from privacy.tokens import need_charge
 
-Floats = NDArray[np.float64]
-COPY_TOLERANCE = 1e-3  # root mean square of token differences, in units of their public spread
-FEWEST_BLIND = 4
-SEED = 20210  # of the fixed noise: public, the same for every patient and site
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sides:
-    """Scores of the sampled members and of the held-out patients under one attack."""
-
-    member: Floats
-    held_out: Floats
+Bools = NDArray[np.bool_]
 
 
 def audit(
@@ -56,7 +51,8 @@ def audit(
     """The site's entry of the audit: one vector of counts under the group ``audit``.
 
     Raises:
-        Refused: ``PARTS_MISSING`` or ``BAD_MESSAGE`` if the cohort is not what its manifest says.
+        Refused: ``PARTS_MISSING`` or ``BAD_MESSAGE`` if the cohort is not what its manifest says; ``BAD_PLAN`` for an
+            attack that this version does not know.
         PermissionError: ``token`` is not the charge of this very task.
     """
     need_charge(token, UncoveredToken, task.plan_hash, task.digest())
@@ -67,38 +63,151 @@ def audit(
     trials = plan.audit.trials or config.site.declared_held_out
     member = sample(config, records.members, "audit", trials)
     held_out = sample(config, records.held_out, "audit", trials)
-    scores = score_all(model, member, held_out, cohort, plan.audit.draws)
-    counts: list[int] = []
-    for attack in plan.audit.attacks:
-        sides = scores[attack.name]
-        counts += counts_at(sides.member, attack.thresholds)
-        counts += counts_at(sides.held_out, attack.thresholds)
-    if plan.audit.pairs:
-        counts.append(concordant_pairs(model, cohort, records.held_out, plan.audit.pairs))
-    return {"audit": np.asarray(counts, np.float64)}
-
-
-def score_all(
-    model: StudyModel, member: PatientBatch, held_out: PatientBatch, cohort: PatientBatch, draws: int
-) -> dict[str, _Sides]:
-    """Scores of every attack that a plan can name; higher means more like a member."""
-    public_bank = model.public.bank
-    tokens = [model.bank.encode(batch) for batch in (member, held_out)]
-    before = [public_bank.encode(batch) for batch in (member, held_out)]
-    synthetic = model.bank.encode(cohort)
-    flow = model.public.flow
-    final = [_log_loss(fixed_losses(model.core, t, flow, draws, SEED), t) for t in tokens]
-    start = [_log_loss(fixed_losses(model.public.core, t, flow, draws, SEED), t) for t in before]
-    distances = [_distance(t, synthetic) for t in tokens]
-    nearest = [_log_distance(nearest_neighbour_score(d)) for d in distances]
-    blind = _blind(_flat(tokens[0]), _flat(tokens[1]))
-    return {
-        "loss": _Sides(-final[0], -final[1]),
-        "loss-ratio": _Sides(_minus(start[0], final[0]), _minus(start[1], final[1])),
-        "nearest-neighbour": _Sides(nearest[0], nearest[1]),
-        "copies": _Sides(*(copied(d, COPY_TOLERANCE).astype(np.float64) for d in distances)),
-        "blind": _Sides(np.asarray(blind[0], np.float64), np.asarray(blind[1], np.float64)),
+    attacked = Attacked(model, lens_of(config, plan, model), member, held_out, cohort, plan.audit.draws)
+    scores = {attack.label: attacked.sides(attack) for attack in plan.audit.attacks}
+    counts: dict[Key, tuple[int, ...]] = {
+        **hits(plan.audit, scores, load_keys(config.folder).split.secret_bytes()),
+        **risks(plan.audit, attacked),
+        **groups(plan.audit, attacked, scores, trials),
     }
+    if plan.audit.pairs:
+        counts[PAIRS] = (concordant_pairs(model, cohort, records.held_out, plan.audit.pairs),)
+    annex.keep(config.folder, task.plan_hash, _annex(attacked, scores), load_keys(config.folder).cache.secret_bytes())
+    return {"audit": pack(plan.audit, counts)}
+
+
+def lens_of(config: SiteConfig, plan: StudyPlan, model: StudyModel) -> Lens | None:
+    """The public patients of the plan, looked at through the public codecs; None where the plan has none.
+
+    Raises:
+        Refused: ``PARTS_MISSING`` if the part is not here; ``BAD_PLAN`` if it is torn or of another schema.
+    """
+    part = next((part for part in plan.public_model if part.name == POPULATION_FILE), None)
+    if part is None:
+        return None
+    columns = {slot: Columns.of(pairs) for slot, pairs in columns_of(model.public.bank).items()}
+    try:
+        return Lens.of(Population.from_bytes(PartStore(config.folder).join([part.digest]), columns))
+    except ValueError as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused("BAD_PLAN", str(error)) from error
+
+
+def hits(audit: Audit, scores: dict[str, Sides], secret: bytes) -> Counts:
+    """Hits at the plan's thresholds, and the same with membership dealt out by the site's key."""
+    found: dict[Key, tuple[int, ...]] = {}
+    for attack in audit.attacks:
+        sides = scores[attack.label]
+        found["hits", attack.label, "", "member"] = counts_at(sides.member, attack.thresholds)
+        found["hits", attack.label, "", "held-out"] = counts_at(sides.held_out, attack.thresholds)
+        if attack.name not in UNJUDGED:
+            deal = hmac.new(secret, f"null {attack.label}".encode(), hashlib.sha256).digest()
+            pool = np.concatenate([sides.member, sides.held_out])
+            mixed = np.random.default_rng(list(deal)).permutation(pool)
+            found["null", attack.label, "", "member"] = counts_at(mixed[: len(sides.member)], attack.thresholds)
+            found["null", attack.label, "", "held-out"] = counts_at(mixed[len(sides.member) :], attack.thresholds)
+    return found
+
+
+def risks(audit: Audit, attacked: Attacked) -> Counts:
+    """The three risks on members and as many held-out patients; nobody is hit where there is no table to speak of."""
+    table = attacked.model.schema.table()
+    size = min(len(attacked.member), len(attacked.held_out))
+    rows = np.arange(size), len(attacked.member) + np.arange(size)
+    member, held_out = ({slot: v[chosen] for slot, v in attacked.features.items()} for chosen in rows)
+    found: dict[Key, tuple[int, ...]] = {}
+    for risk in audit.risks:
+        worked = Worked(0, 0, 0)
+        if table is not None and attacked.lens is not None:
+            worked = try_risk(
+                risk,
+                table.name,
+                attacked.lens,
+                member,
+                held_out,
+                attacked.cohort_features,
+                audit.predicates,
+                audit.tolerance,
+            )
+        label = f"{risk.risk}, {risk.attack}"
+        found["risk", label, "", "member"] = (worked.member,)
+        found["risk", label, "", "held-out"] = (worked.held_out,)
+        found["risk", label, "", "baseline"] = (worked.baseline,)
+    return found
+
+
+def groups(audit: Audit, attacked: Attacked, scores: dict[str, Sides], trials: int) -> Counts:
+    """Joint attacks on some patients by themselves; a group with too few on either side is all zeros, hit or not."""
+    far = attacked.recognisable()
+    chosen = {WORST: (_top(far.member, worst_of(trials)), _top(far.held_out, worst_of(trials)))}
+    for group in audit.groups:
+        member, held_out = (
+            in_group(attacked.model.schema, side, group) for side in (attacked.member, attacked.held_out)
+        )
+        few = min(member.sum(), held_out.sum()) < audit.fewest
+        chosen[group.name] = (member & ~few, held_out & ~few)
+    found: dict[Key, tuple[int, ...]] = {}
+    for name, masks in chosen.items() if in_groups(audit) else ():
+        for side, mask in zip(SIDES, masks, strict=True):
+            if name != WORST:
+                found["trials", "", name, side] = (int(mask.sum()),)
+            for attack in in_groups(audit):
+                own = scores[attack.label].member if side == "member" else scores[attack.label].held_out
+                found["group", attack.label, name, side] = counts_at(own[mask], attack.thresholds)
+    return found
+
+
+def in_group(schema: Schema, patients: PatientBatch, group: PatientGroup) -> Bools:
+    """Who belongs to a group by the first known value of its column, (P,); nobody without a value."""
+    table = schema.table()
+    names = [column.name for column in table.columns] if table is not None else []
+    if table is None or group.column not in names:
+        return np.zeros(len(patients), bool)
+    c = names.index(group.column)
+    column, key = table.columns[c], table.key(table.instances[0])
+    here = patients.present_BVI[:, :, schema.keys().index(key)] & patients.visit_BV
+    values = torch.where(here, patients.values[key][:, :, c], torch.nan).double().numpy()
+    first = np.full(len(values), np.nan)
+    for v in reversed(range(values.shape[1])):
+        first = np.where(np.isnan(values[:, v]), first, values[:, v])
+    if group.level:
+        level = column.categories.index(group.level) if group.level in column.categories else math.inf
+        return np.asarray(first == level)
+    assert group.low is not None
+    assert group.high is not None
+    value = unscale(first, column.low, column.high)
+    return np.asarray((value >= group.low) & (value < group.high))
+
+
+def _top(score: NDArray[np.float64], size: int) -> Bools:
+    """The ``size`` highest; earlier ones among equals."""
+    mask = np.zeros(len(score), bool)
+    mask[np.argsort(-score, kind="stable")[:size]] = True
+    return mask
+
+
+def _annex(attacked: Attacked, scores: dict[str, Sides]) -> annex.Annex:
+    names = attacked.both.ids
+    kept = {}
+    for label, sides in scores.items():
+        values = np.concatenate([sides.member, sides.held_out])
+        kept[label] = {
+            name: float(value) if math.isfinite(value) else None for name, value in zip(names, values, strict=True)
+        }
+    pairs: list[annex.Pair] = []
+    for scope in ("joint", *(slot.name for slot in attacked.model.schema.slots if slot.kind != "text")):
+        if not len(attacked.cohort):
+            break
+        place, distance = attacked.nearest(scope)
+        order = [i for i in np.argsort(distance, kind="stable")[: annex.TOP_PAIRS] if math.isfinite(distance[i])]
+        pairs += [
+            annex.Pair(
+                scope, names[i], bool(i < len(attacked.member)), attacked.cohort.ids[place[i]], float(distance[i])
+            )
+            for i in order
+        ]
+    return annex.Annex(kept, attacked.member.ids, tuple(pairs))
 
 
 def sample(config: SiteConfig, batch: PatientBatch, purpose: str, size: int) -> PatientBatch:
@@ -164,38 +273,3 @@ def concordant_pairs(model: StudyModel, cohort: PatientBatch, held_out: PatientB
     rng = np.random.default_rng(SEED)
     first, second = chance[rng.choice(events, pairs)], chance[rng.choice(others, pairs)]
     return int((2 * (first > second).sum() + (first == second).sum()) // 2)
-
-
-def _blind(member: Floats, held_out: Floats) -> tuple[Floats, Floats]:
-    """Scores of a classifier that never saw the model; where a side is too small to fit one, nobody is a hit."""
-    if min(len(member), len(held_out)) < FEWEST_BLIND:
-        return np.full(len(member), np.nan), np.full(len(held_out), np.nan)
-    return blind_scores(member, held_out, np.random.default_rng(SEED))
-
-
-def _log_loss(losses: torch.Tensor, tokens: TokenBatch) -> Floats:
-    """Log loss per patient; NaN for a null patient, who is never a hit."""
-    values = losses.double().numpy()
-    there = tokens.visit_BV.any(dim=1).numpy() & (values > 0)
-    out = np.full(values.shape, np.nan)
-    out[there] = np.log(values[there])
-    return out
-
-
-def _minus(first: Floats, second: Floats) -> Floats:
-    return np.asarray(first - second, np.float64)
-
-
-def _log_distance(score: Floats) -> Floats:
-    """Minus the log of the distance behind a nearest-neighbour score."""
-    with np.errstate(divide="ignore"):
-        return np.asarray(-np.log(-score), np.float64)
-
-
-def _flat(tokens: TokenBatch) -> Floats:
-    return np.asarray(tokens.z_BVNW.flatten(1).double().numpy())
-
-
-def _distance(real: TokenBatch, synthetic: TokenBatch) -> Floats:
-    known = [np.asarray((t.weight_BVNW > 0).flatten(1).double().numpy()) for t in (real, synthetic)]
-    return token_distance(_flat(real), _flat(synthetic), known[0], known[1])

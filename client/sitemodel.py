@@ -7,7 +7,7 @@ from pathlib import Path
 from client.memory import Memory
 from client.parts import PartStore
 from medgen_models.assembly import StudyModel, assemble
-from medgen_models.public_model import CARD_FILE, PublicModel
+from medgen_models.public_model import CARD_FILE, WEIGHTS_FILE, PublicModel
 from medgen_models.schema import Schema
 from privacy.boundary.messages import RoundTask
 from privacy.boundary.plan import StudyPlan
@@ -33,7 +33,7 @@ def public_model(folder: Path, plan: StudyPlan, memory: Memory | None = None) ->
 def _parsed(folder: Path, plan: StudyPlan) -> PublicModel:
     store = PartStore(folder)
     card = store.join(part.digest for part in plan.public_model if part.name == CARD_FILE)
-    weights = store.join(part.digest for part in plan.public_model if part.name != CARD_FILE)
+    weights = store.join(part.digest for part in plan.public_model if part.name.startswith(WEIGHTS_FILE))
     try:
         return PublicModel.from_bytes(weights, card, Schema.model_validate(plan.study_schema))
     except ValueError as error:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from privacy.audit.message import PAIRS, SIDES, UNJUDGED, WORST, Part, in_groups, unpack, vector_length, worst_of
 from privacy.audit.parts import split
-from privacy.boundary.plan import StudyPlan
+from privacy.audit.patient_risks import knows
+from privacy.boundary.plan import JOINT, Attack, StudyPlan
 from server.aggregation import Ask, StudyError
 from server.planning import AUDIT
-from server.release.attack_evidence import Access, AttackCounts
+from server.release.attack_evidence import FEWEST_TRIALS, Access, AttackCounts, RiskCounts, Subgroup
 from server.release.measures import Utility
 from server.session import Session, deliver
 from server.stages import State
@@ -21,6 +23,21 @@ from server.stages import State
 ABOUT: dict[str, tuple[Access, str]] = {
     "loss": ("final weights", "A low flow loss on fixed noise is taken for membership."),
     "loss-ratio": ("final weights", "How much better the final model fits a patient than the public model did."),
+    "loss-grid": ("final weights", "The same, logarithm by logarithm over fixed times and noises."),
+    "sima": (
+        "final weights",
+        "One query without noise: the noise that the final model sees there, beside the public one.",
+    ),
+    "pia": ("final weights", "How consistently the final model predicts its own noise, beside the public model."),
+    "secmi": ("final weights", "How straight the final model's flow leads to a patient, beside the public model."),
+    "reconstruction": ("final weights", "How much better the trained codec restores an image than the public one."),
+    "domias": ("cohort only", "How much denser the cohort is at a patient than public patients are."),
+    "gen-lra": (
+        "cohort only",
+        "How much likelier the nearby synthetic patients become if the patient joins the public ones.",
+    ),
+    "classifier": ("cohort only", "What a classifier of synthetic against public patients says of a patient."),
+    "nearest-ratio": ("cohort only", "How much nearer the nearest synthetic patient is than the nearest public one."),
     "nearest-neighbour": ("cohort only", "Closeness to the nearest synthetic patient; a diagnostic, never a pass."),
     "copies": (
         "cohort only",
@@ -39,11 +56,9 @@ class AuditResult:
     sites: tuple[str, ...]
     asked: int
     problem: str = ""
-
-
-def vector_length(plan: StudyPlan) -> int:
-    """Numbers in a site's audit entry: two per threshold, and one for the pairs."""
-    return 2 * sum(len(attack.thresholds) for attack in plan.audit.attacks) + (1 if plan.audit.pairs else 0)
+    null: tuple[AttackCounts, ...] = ()
+    risks: tuple[RiskCounts, ...] = ()
+    subgroups: tuple[Subgroup, ...] = ()
 
 
 def attack_cohort(session: Session, sites: Sequence[str], state: State, cohort: Path, outcome: str) -> AuditResult:
@@ -69,7 +84,7 @@ def attack_cohort(session: Session, sites: Sequence[str], state: State, cohort: 
         return replace(found, asked=times_asked(session))
     session.events.write("stage", stage=AUDIT, rounds=1)
     ready = deliver(session, able, pieces)
-    ask = Ask(AUDIT, 0, state, needed, {AUDIT: vector_length(plan)}, 1.0, plan.audit.cap)
+    ask = Ask(AUDIT, 0, state, needed, {AUDIT: vector_length(plan.audit)}, 1.0, plan.audit.cap)
     try:
         sums = session.aggregator.run(ask, ready)
     except StudyError as error:
@@ -102,36 +117,85 @@ def decode(plan: StudyPlan, values: np.ndarray, sites: tuple[str, ...], outcome:
 
 
 def _decode(plan: StudyPlan, values: np.ndarray, sites: tuple[str, ...], outcome: str) -> AuditResult:  # type: ignore[type-arg]
-    """The summed vector as counts per attack, in the order of the plan."""
-    trials = sum(plan.audit.trials or plan.roster[site].held_out_decl for site in sites)
-    numbers = [round(float(value)) for value in values]
-    attacks, start = [], 0
-    for attack in plan.audit.attacks:
-        size = len(attack.thresholds)
-        access, about = ABOUT[attack.name]
-        attacks.append(
-            AttackCounts(
-                name=attack.name,
-                kind={"nearest-neighbour": "diagnostic", "copies": "copies"}.get(attack.name, "membership"),
-                access=access,
-                thresholds=attack.thresholds,
-                hits_member=tuple(numbers[start : start + size]),
-                hits_held_out=tuple(numbers[start + size : start + 2 * size]),
-                trials_member=trials,
-                trials_held_out=trials,
-                sites=sites,
+    """The summed vector as counts, in the order of the plan."""
+    audit = plan.audit
+    found = unpack(audit, values)
+
+    def attack(
+        planned: Attack, part: Part, group: str, member: int, held_out: int, of: tuple[str, ...]
+    ) -> AttackCounts:
+        access, about = ABOUT[planned.name]
+        return AttackCounts(
+            name=planned.name,
+            kind={"nearest-neighbour": "diagnostic", "copies": "copies"}.get(planned.name, "membership"),
+            access=access,
+            scope=planned.scope,
+            thresholds=planned.thresholds,
+            hits_member=found[part, planned.label, group, "member"],
+            hits_held_out=found[part, planned.label, group, "held-out"],
+            trials_member=member,
+            trials_held_out=held_out,
+            sites=of,
+            masked=True,
+            about=about,
+        )
+
+    def owners(slot: str | None) -> tuple[str, ...]:
+        return tuple(site for site in sites if slot is None or slot in plan.roster[site].slots)
+
+    def trials(of: tuple[str, ...]) -> int:
+        return sum(trials_of(plan, site) for site in of)
+
+    attacks, null = [], []
+    for planned in audit.attacks:
+        of = owners(None if planned.scope == JOINT else planned.scope)
+        attacks.append(attack(planned, "hits", "", trials(of), trials(of), of))
+        if planned.name not in UNJUDGED:
+            null.append(attack(planned, "null", "", trials(of), trials(of), of))
+    risks = []
+    for risk in audit.risks:
+        label, of = f"{risk.risk}, {risk.attack}", owners(risk.slot)
+        hits = [found["risk", label, "", side][0] for side in (*SIDES, "baseline")]
+        risks.append(
+            RiskCounts(
+                risk=risk.risk,
+                attack=risk.attack,
+                main=risk.main,
+                knows=knows(risk),
+                hits_member=hits[0],
+                trials_member=trials(of),
+                hits_held_out=hits[1],
+                trials_held_out=trials(of),
+                hits_baseline=hits[2],
+                trials_baseline=trials(of),
+                sites=of,
                 masked=True,
-                about=about,
             )
         )
-        start += 2 * size
+    groups = []
+    for name in (WORST, *(group.name for group in audit.groups)) if in_groups(audit) else ():
+        if name == WORST:
+            size = sum(worst_of(trials_of(plan, site)) for site in sites)
+            member = held_out = size
+        else:
+            member, held_out = (found["trials", "", name, side][0] for side in SIDES)
+        if min(member, held_out) < FEWEST_TRIALS:
+            groups.append(Subgroup(name=name))
+            continue
+        own = tuple(attack(planned, "group", name, member, held_out, sites) for planned in in_groups(audit))
+        groups.append(Subgroup(name=name, trials_member=member, trials_held_out=held_out, attacks=own))
     utility = None
-    if plan.audit.pairs and outcome:
+    if audit.pairs and outcome:
         utility = Utility(
             task=outcome,
             trained_on="synthetic",
-            concordant=numbers[start],
-            pairs=plan.audit.pairs * len(sites),
+            concordant=found[PAIRS][0],
+            pairs=audit.pairs * len(sites),
             sites=sites,
         )
-    return AuditResult(tuple(attacks), utility, sites, 1)
+    return AuditResult(tuple(attacks), utility, sites, 1, "", tuple(null), tuple(risks), tuple(groups))
+
+
+def trials_of(plan: StudyPlan, site: str) -> int:
+    """Members, and as many held-out patients, that a site attacks: a public number."""
+    return plan.audit.trials or plan.roster[site].held_out_decl

@@ -15,12 +15,8 @@ from importlib.metadata import version
 from medgen_models.description import numeric_columns
 from medgen_models.prototypes import factor_of
 from medgen_models.schema import IMAGE_KINDS, Schema
-from privacy.audit.in_training import design
-from privacy.audit.validity import BLIND_THRESHOLDS
 from privacy.boundary.description import NumericColumn, Statistics
 from privacy.boundary.plan import (
-    Attack,
-    Audit,
     CodecTraining,
     Part,
     Prototypes,
@@ -35,14 +31,12 @@ from privacy.marginals import marginals_sensitivity
 from privacy.plan import DPPlan, QueryStage, TrainingStage, largest_delta
 from privacy.statistics import prototypes_sensitivity
 from privacy.summary import summary_sensitivity
+from server.audit_plan import plan_audit
 from server.study import StudyConfig, TrainingConfig
 
 CORE, CODEC, MARGINALS, RECENTRE, AUDIT = "core", "codec", "marginals", "recentre", "audit"
 PROTOTYPES = "prototypes"
 STATISTICS = "statistics"
-# Log-loss and log-distance ratios of one patient lie within a few units of 0; a tenth of a unit resolves their order.
-LOSS_THRESHOLDS = tuple(round(-8.0 + 0.1 * i, 10) for i in range(161))
-RATIO_THRESHOLDS = tuple(round(-2.0 + 0.025 * i, 10) for i in range(161))
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,7 @@ class PublicFacts:
         core_clip, codec_clip: median per-patient gradient norm of the trained weights on public patients.
         recentre_bound: L2 bound of a patient's mean-token vector.
         marginals: column sets of the table to be counted, over columns and presence columns.
+        population: whether a part holds public patients enough for attacks on the cohort.
     """
 
     parts: tuple[Part, ...]
@@ -61,6 +56,7 @@ class PublicFacts:
     codec_clip: float
     recentre_bound: float
     marginals: tuple[tuple[int, ...], ...]
+    population: bool = False
 
 
 def build_plan(
@@ -113,7 +109,7 @@ def build_plan(
         codec=CodecTraining(slots=config.codec.slots, learning_rate=config.codec.learning_rate)
         if config.codec.slots
         else None,
-        audit=_audit(config, dp),
+        audit=plan_audit(config, schema, dp, facts.population),
         release=Release(
             patients=config.release.patients,
             steps=config.release.steps,
@@ -211,25 +207,6 @@ def _training(name: str, config: TrainingConfig, public_norm: float) -> Training
         spare_rounds=config.spare_rounds,
         clip=config.clip or public_norm,
         draws=config.draws,
-    )
-
-
-def _audit(config: StudyConfig, dp: DPPlan) -> Audit:
-    """Attacks in the order in which the report shows them; thresholds are constants of this module."""
-    if not config.audit.enabled:
-        return Audit()
-    return Audit(
-        attacks=(
-            Attack(name="loss", thresholds=LOSS_THRESHOLDS),
-            Attack(name="loss-ratio", thresholds=RATIO_THRESHOLDS),
-            Attack(name="nearest-neighbour", thresholds=LOSS_THRESHOLDS),
-            Attack(name="copies", thresholds=(0.5,)),
-            Attack(name="blind", thresholds=BLIND_THRESHOLDS),
-        ),
-        cap=config.audit.cap,
-        draws=config.audit.draws,
-        pairs=config.audit.pairs,
-        canaries=design(dp, config.audit.canaries) if config.audit.canaries and dp.private else None,
     )
 
 

@@ -13,17 +13,19 @@ from pathlib import Path
 from safetensors.numpy import save
 
 from medgen_models.assembly import assemble
-from medgen_models.batches import batch_to_bytes
+from medgen_models.batches import batch_from_bytes, batch_to_bytes
 from medgen_models.prototypes import levels_of
 from medgen_models.public_model import CARD_FILE, WEIGHTS_FILE, PublicModel
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.table_prior import choose_pairs, default_queries, encode_rows, public_positions
+from privacy.audit.population import POPULATION_FILE
 from privacy.boundary.messages import MAX_BYTES, MAX_HEADER_BYTES, PlanProposal
 from privacy.boundary.plan import Part, RosterEntry, StudyPlan
 from privacy.boundary.signing import sign_plan
 from privacy.identity import IdentityKey
 from server.checkpoints import write_atomically
 from server.planning import PublicFacts, build_plan
+from server.planting import public_people
 from server.runfolder import RunFolder
 from server.session import split_parts
 from server.study import StudyConfig
@@ -75,6 +77,12 @@ def public_facts(
         Part(name=path.name, digest=hashlib.sha256(path.read_bytes()).hexdigest(), size=path.stat().st_size)
         for path in sorted((Path(folder.public_pointer.read_text(encoding="utf-8")) / PARTS).iterdir())
     ]
+    people = public_people(model.bank, batch_from_bytes(folder.reference.read_bytes(), schema))
+    attacked = study.audit.enabled and people.population.large_enough
+    if attacked:
+        body = people.population.to_bytes()
+        write_atomically(folder.population, body)
+        place.append(Part(name=POPULATION_FILE, digest=hashlib.sha256(body).hexdigest(), size=len(body)))
     rows = encode_rows(schema, public, study.table.bins) if schema.table() is not None else None
     marginals: tuple[tuple[int, ...], ...] = ()
     if rows is not None:
@@ -92,6 +100,7 @@ def public_facts(
         codec_clip=model.clip_norms.get("codec", 1.0),
         recentre_bound=study.recentre.bound or model.recentre_norm,
         marginals=marginals,
+        population=attacked,
     )
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,19 +15,17 @@ from safetensors.numpy import load_file
 
 from medgen_models.assembly import StudyModel
 from medgen_models.batches import batch_from_bytes
-from medgen_models.codecs.bank import CodecBank
 from medgen_models.schema import PatientBatch, Schema
 from medgen_models.table_prior import all_queries, count_tables, fit_pairs, variables
-from privacy.audit.attacks import nearest_neighbour_score, token_distance
 from privacy.audit.gates import GatePolicy
 from privacy.audit.parts import split
-from privacy.audit.validity import planted_leak
 from privacy.boundary.refusals import REFUSAL_CODES
 from server.auditing import AuditResult
 from server.planning import AUDIT
+from server.planting import planted
 from server.release import bundle
 from server.release.assembly import assemble, note_report
-from server.release.attack_evidence import AttackCounts, TrainingAudit, Validity
+from server.release.attack_evidence import TrainingAudit, Validity
 from server.release.cohort import rows_from_public, rows_from_tree, sample_cohort
 from server.release.cohort_files import write_cohort
 from server.release.cohort_read import read_cohort
@@ -47,8 +45,6 @@ from server.release.report import write_report
 from server.session import Session
 
 # The coordinator signs here; the second signature (the privacy officer's) is a person's act: `medgen release sign`.
-POLICY = GatePolicy()
-PLANTED = 60
 Floats = NDArray[np.float64]
 
 CROSSINGS: Mapping[str, tuple[str, Literal["DP", "public", "not covered"]]] = {
@@ -128,15 +124,16 @@ def publish(
         uncovered=(UncoveredQuery(query=AUDIT, asked=audit.asked, cap=session.plan.audit.cap, sites=audit.sites),)
         if session.plan.audit.attacks
         else (),
-        planned_attacks=tuple(a.name for a in session.plan.audit.attacks if a.name != "blind"),
+        planned_attacks=tuple(a.label for a in session.plan.audit.attacks if a.name != "blind"),
         attacks=tuple(attack for attack in audit.attacks if attack.name != "blind"),
         validity=Validity(
             split_overlap=0,
             blind=next((attack for attack in audit.attacks if attack.name == "blind"), None),
-            planted=tuple(
-                found for found in (_planted(session, model.public.bank, reference, cohort),) if found is not None
-            ),
+            planted=planted(session.plan, model, reference, cohort),
+            null=audit.null,
         ),
+        risks=audit.risks,
+        subgroups=audit.subgroups,
         training_audit=training,
         fidelity=fidelity.rows,
         marginals=fidelity.marginals,
@@ -148,7 +145,7 @@ def publish(
         versions={name: version(name) for name in ("medgen", "torch", "flwr", "opacus", "dp-accounting")},
     )
     report = folder.report_json.parent
-    verdict = write_report(evidence, POLICY, fidelity.images, report)
+    verdict = write_report(evidence, GatePolicy.model_validate(session.plan.audit.policy), fidelity.images, report)
     note_report(folder, session.events)
     if verdict.decision == "BLOCK":
         shutil.rmtree(folder.bundle, ignore_errors=True)
@@ -303,37 +300,6 @@ def _crossings(session: Session) -> tuple[Crossing, ...]:
         Crossing(message=kind, content=text, cover=cover, messages=messages[kind], bytes=size[kind])
         for kind, (text, cover) in CROSSINGS.items()
         if messages[kind]
-    )
-
-
-def _planted(session: Session, bank: CodecBank, reference: PatientBatch, cohort: PatientBatch) -> AttackCounts | None:
-    """Positive control on public patients: copies of some of them are planted in the cohort and must be found."""
-    plan = next((attack for attack in session.plan.audit.attacks if attack.name == "nearest-neighbour"), None)
-    if plan is None or len(reference) < 2 * PLANTED:
-        return None
-    tokens = [bank.encode(batch) for batch in (reference, cohort)]
-    # One row per patient: the tokens, then which of them belong to something that is there.
-    rows = [
-        torch.cat([t.z_BVNW.flatten(1), (t.weight_BVNW > 0).flatten(1).float()], 1).double().numpy() for t in tokens
-    ]
-
-    def score(patients: Any, synthetic: Any) -> Floats:
-        (real, known), (made, made_known) = (np.split(side, 2, axis=1) for side in (patients, synthetic))
-        with np.errstate(divide="ignore"):
-            distance = nearest_neighbour_score(token_distance(real, made, known, made_known))
-            return np.asarray(-np.log(-distance), np.float64)
-
-    rng = np.random.default_rng(session.config.seed)
-    counts = planted_leak(score, rows[0][:PLANTED], rows[0][PLANTED : 2 * PLANTED], rows[1], plan.thresholds, rng)
-    return AttackCounts(
-        name="nearest-neighbour",
-        access="cohort only",
-        thresholds=plan.thresholds,
-        hits_member=counts.hits_member,
-        hits_held_out=counts.hits_held_out,
-        trials_member=counts.trials_member,
-        trials_held_out=counts.trials_held_out,
-        about="Copies of public patients were planted; an attack that works finds them.",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from privacy.audit.population import POPULATION_FILE
 from privacy.identity import IdentityKey
 
 
@@ -107,6 +108,11 @@ class RunFolder:
     def reference(self) -> Path:
         """The public reference population."""
         return self.path / "reference.safetensors"
+
+    @property
+    def population(self) -> Path:
+        """Features of public patients that the sites' attacks compare with: a part of the plan."""
+        return self.path / POPULATION_FILE
 
     @property
     def public_rows(self) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from medgen_models.schema import Schema
+from privacy.audit.population import POPULATION_FILE
 from privacy.book import Head
 from privacy.boundary.messages import Approval, PartPut, PartQuery, PartsMissing, PartStored, PlanProposal, Refusal
 from privacy.boundary.plan import StudyPlan
@@ -59,7 +60,9 @@ class Session:
         return tuple(part.digest for part in self.plan.public_model)
 
     def read_public_part(self, name: str) -> bytes:
-        """One file of the public model."""
+        """One file of the public model, or the public patients of the attacks."""
+        if name == POPULATION_FILE:
+            return self.folder.population.read_bytes()
         return (Path(self.folder.public_pointer.read_text(encoding="utf-8")) / "parts" / name).read_bytes()
 
 

@@ -11,6 +11,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from privacy.audit.gates import GatePolicy
+from privacy.boundary.plan import PatientGroup
+
 
 class _Public(BaseModel):
     """Frozen; unknown keys are refused."""
@@ -167,6 +170,8 @@ class AuditConfig(_Public):
         cap: how often an audit may be asked of a site under one plan.
         canaries: made-up patients in spare coordinates of training at each site, by whose secret coins the promise is
             tried: nothing of theirs is in an update; 0 turns it off, and no plan without noise has them.
+        groups: patients on whom attacks are counted by themselves; by default the levels of a column called ``sex`` and of
+            outcomes, and bands of a column called ``age`` or ``age_years``.
     """
 
     enabled: bool = True
@@ -174,6 +179,7 @@ class AuditConfig(_Public):
     pairs: int = Field(default=200, ge=0)
     cap: int = Field(default=3, ge=1)
     canaries: int = Field(default=1000, ge=0, le=100_000)
+    groups: tuple[PatientGroup, ...] | None = None
 
 
 class ExecutionConfig(_Public):
@@ -193,6 +199,7 @@ class StudyConfig(_Public):
 
     Attributes:
         sites: names of the enrolled sites that take part; empty in a simulation, where every hospital does.
+        policy: thresholds of the release gate; the plan carries them, so that sites approve them before anything is known.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")
@@ -207,4 +214,5 @@ class StudyConfig(_Public):
     core: CoreConfig = CoreConfig()
     release: ReleaseConfig = ReleaseConfig()
     audit: AuditConfig = AuditConfig()
+    policy: GatePolicy = GatePolicy()
     execution: ExecutionConfig = ExecutionConfig()

@@ -52,7 +52,7 @@ deadline_s = 120.0
 [public]
 population = "phantoms"
 patients = 24
-reference = 16
+reference = 40
 steps = 2
 batch = 8
 
@@ -112,9 +112,10 @@ class Study:
 
     @property
     def parts(self) -> dict[str, bytes]:
-        """Digest -> bytes of the public model's parts."""
+        """Digest -> bytes of the plan's public parts."""
         place = Path(self.folder.public_pointer.read_text(encoding="utf-8")) / "parts"
-        return {hashlib.sha256(data).hexdigest(): data for data in (p.read_bytes() for p in sorted(place.iterdir()))}
+        files = [*sorted(place.iterdir()), self.folder.population]
+        return {hashlib.sha256(data).hexdigest(): data for data in (path.read_bytes() for path in files)}
 
     @property
     def events(self) -> list[dict[str, Any]]:

@@ -89,8 +89,8 @@ def withdraw(site_dir: Path, person: Person, key: bytes) -> Withdrawal:
 
 
 def purge_caches(site_dir: Path) -> None:
-    """Delete every cached batch; the next reading makes it again from the files."""
-    for path in sorted((site_dir / "cache").glob("*.records*")):
+    """Delete every cached batch and every annex; the next reading, and the next audit, make them again."""
+    for path in sorted([*(site_dir / "cache").glob("*.records*"), *(site_dir / "annex").glob("*.annex*")]):
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
 

@@ -67,6 +67,12 @@ class GatePolicy(BaseModel):
         membership_tpr_block: largest true-positive rate there.
         membership_auc_block: largest AUC of a membership attack.
         ceiling_share: an officer decides when a lower bound reaches this share of what the audit could show.
+        level_block, level_hold: family-wise levels at which a risk blocks and holds.
+        risk_point_block, risk_upper_block: corrected rate, and upper end of its interval, above which a shown risk blocks.
+        risk_upper_hold: an officer decides where the upper end of a main attack's interval is above this.
+        outlier_fpr: false-positive rate at which the easiest to recognise are judged.
+        outlier_tpr_block: largest true-positive rate there.
+        group_judged: trials from which a group of patients is judged as everybody is.
         coherence_floor: BLOCK at or below this share of the reference's image-to-table correlation.
         coherence_hold: an officer decides below this share.
         attempts: how often one study may try to pass.
@@ -76,7 +82,7 @@ class GatePolicy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: str = "medgen-gates/1"
+    version: str = "medgen-gates/2"
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     blind_auc_block: float = 0.55
     planted_tpr: float = 0.5
@@ -87,6 +93,14 @@ class GatePolicy(BaseModel):
     membership_tpr_block: float = 0.05
     membership_auc_block: float = 0.60
     ceiling_share: float = 0.8
+    level_block: float = Field(default=0.01, gt=0, lt=1)
+    level_hold: float = Field(default=0.05, gt=0, lt=1)
+    risk_point_block: float = 0.09
+    risk_upper_block: float = 0.20
+    risk_upper_hold: float = 0.09
+    outlier_fpr: float = Field(default=0.05, gt=0, lt=1)
+    outlier_tpr_block: float = 0.15
+    group_judged: int = 100
     coherence_floor: float = 0.0
     coherence_hold: float = 0.6
     attempts: int = 3

@@ -44,6 +44,11 @@ class Columns:
                 f"expected one kind for each of the different column names, got {self.names}, {self.kinds}"
             )
 
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[str, Kind]]) -> Columns:
+        """From (name, kind) of each column."""
+        return cls(tuple(name for name, _ in pairs), tuple(kind for _, kind in pairs))
+
     @property
     def numeric_C(self) -> npt.NDArray[np.bool_]:
         """Which columns hold numbers."""

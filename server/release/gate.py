@@ -13,7 +13,7 @@ from privacy.audit import gates, training_gate
 from privacy.audit.bounds import wilson
 from privacy.audit.gates import Decision, Finding, GatePolicy
 from privacy.audit.validity import blind_auc
-from server.release.attack_evidence import AttackCounts
+from server.release import attack_gate
 from server.release.evidence import Evidence
 
 _SENTENCES: dict[Decision, str] = {
@@ -54,15 +54,11 @@ def decide(evidence: Evidence, policy: GatePolicy) -> Verdict:
 def _findings(evidence: Evidence, policy: GatePolicy) -> Iterator[Finding]:
     yield from _validity(evidence, policy)
     yield from _budget(evidence, policy)
-    yield from _attacks(evidence, policy)
+    yield from attack_gate.attacks(evidence, policy)
     yield _canaries(evidence, policy)
-    yield gates.missing("G4 three risks", "WP216", "singling out, linkability and inference")
-    copies = [attack for attack in evidence.attacks if attack.kind == "copies"]
-    for attack in copies:
-        yield gates.copies(attack.name, attack.counts, policy)
-    if not copies:
-        yield gates.copies("copies", None, policy)
-    yield gates.missing("G6 outliers", "subgroups", "attacks on outliers and subgroups by themselves")
+    yield from attack_gate.risks(evidence, policy)
+    yield from attack_gate.copies(evidence, policy)
+    yield from attack_gate.groups(evidence, policy)
     yield gates.coherence(evidence.coherence, policy)
     yield from _utility(evidence)
     yield gates.integrity(evidence.cohort.integrity_failures if evidence.cohort else None)
@@ -73,10 +69,7 @@ def _validity(evidence: Evidence, policy: GatePolicy) -> Iterator[Finding]:
     yield gates.split_overlap(validity.split_overlap)
     blind = validity.blind.counts if validity.blind else None
     yield gates.blind_baseline(blind_auc(blind) if blind else None, policy)
-    for planted in validity.planted:
-        yield gates.planted_leak(planted.counts, policy)
-    if not validity.planted:
-        yield gates.planted_leak(None, policy)
+    yield from attack_gate.controls(evidence, policy)
     yield gates.attempts(evidence.attempt, policy)
 
 
@@ -109,31 +102,11 @@ def _spend(evidence: Evidence) -> Finding:
     return Finding("G1 budget", "spend", "PASS", most, words)
 
 
-def _attacks(evidence: Evidence, policy: GatePolicy) -> Iterator[Finding]:
-    found = {attack.name: attack for attack in evidence.attacks}
-    judged = [attack for attack in evidence.attacks if attack.kind != "copies"]
-    for name in evidence.planned_attacks:
-        if name not in found:
-            yield gates.missing("G3 membership", name, f"attack {name} was planned and did not run")
-    if not any(attack.kind == "membership" for attack in evidence.attacks):
-        yield gates.missing("G3 membership", "attacks", "whether an attack with the final weights finds members")
-    for attack in judged:
-        yield from _attack(attack, evidence, len(judged), policy)
-
-
 def _canaries(evidence: Evidence, policy: GatePolicy) -> Finding:
     audit = evidence.training_audit
     if audit is None:
         return training_gate.no_canaries()
     return training_gate.canaries(audit.judged(policy.confidence), audit.problems, policy)
-
-
-def _attack(attack: AttackCounts, evidence: Evidence, judged: int, policy: GatePolicy) -> Iterator[Finding]:
-    counts = attack.counts
-    if evidence.promise is not None:
-        promise = evidence.promise
-        yield gates.refuted_promise(attack.name, counts, promise.epsilon, promise.delta, judged, policy)
-    yield gates.membership(attack.name, counts, policy, diagnostic=attack.kind == "diagnostic")
 
 
 def _utility(evidence: Evidence) -> Iterator[Finding]:

@@ -17,9 +17,9 @@ from client.policy import SiteConfig
 from client.rounds import read_records
 from client.sitemodel import model_of
 from medgen_models.schema import PatientBatch
+from privacy.audit.message import PAIRS, unpack, vector_length
 from privacy.audit.parts import split
 from privacy.boundary.messages import MaskedAnswer, PartPut, UnmaskAnswer
-from server.auditing import vector_length
 
 SITE = "alder-university"
 
@@ -64,18 +64,16 @@ def asked(audited: Any) -> dict[str, Any]:
 
 def test_the_vector_has_the_length_that_the_plan_says_and_holds_counts(audited: Any, asked: dict[str, Any]) -> None:
     vector, plan = asked["vector"], audited.plan
-    assert vector.shape == (vector_length(plan),)
+    assert vector.shape == (vector_length(plan.audit),)
     np.testing.assert_array_equal(vector, np.rint(vector))
-    start, trials = 0, plan.roster[SITE].held_out_decl
-    for attack in plan.audit.attacks:
-        size = len(attack.thresholds)
-        for side in (vector[start : start + size], vector[start + size : start + 2 * size]):
-            assert side.min() >= 0
-            assert side.max() <= trials
-            assert (np.diff(side) <= 0).all()  # a higher threshold is passed by fewer
-        start += 2 * size
-    assert 0 <= vector[start] <= plan.audit.pairs
-    assert start + 1 == vector.size
+    counts, trials = unpack(plan.audit, vector), plan.roster[SITE].held_out_decl
+    for (part, *_), numbers in counts.items():
+        assert min(numbers) >= 0
+        if part != "pairs":
+            assert max(numbers) <= trials
+        if part in ("hits", "null", "group"):
+            assert (np.diff(numbers) <= 0).all()  # a higher threshold is passed by fewer
+    assert 0 <= counts[PAIRS][0] <= plan.audit.pairs
 
 
 def test_the_cohort_that_a_site_attacks_is_the_cohort_of_the_files(audited: Any, asked: dict[str, Any]) -> None:
