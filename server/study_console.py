@@ -175,7 +175,7 @@ def _print_end(console: Console, folder: RunFolder, end: dict[str, Any], took_s:
             if folder.bundle.is_dir():
                 console.print(f"bundle  {folder.bundle}")
                 console.print(
-                    f"verify  medgen release verify {folder.bundle} --key {folder.coordinator / 'identity.pub'}"
+                    f"verify  medgen release verify {folder.bundle} --key {folder.coordinator / 'identity.pub'} --candidate"
                 )
             return 0
         case "stopped":

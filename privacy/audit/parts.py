@@ -150,21 +150,33 @@ def entry_of(path: Path, folder: Path) -> FileEntry:
 
 def split(folder: Path, part_bytes: int = PART_BYTES) -> tuple[PartsManifest, list[tuple[str, bytes]]]:
     """The manifest of a folder and its parts as (digest, bytes), in order; equal folders give equal parts."""
+    files: list[FileEntry] = []
+    named = [(hashlib.sha256(part).hexdigest(), part) for part in _cut(folder, part_bytes, files)]
+    manifest = PartsManifest(tuple(files), tuple(PartEntry(digest, len(part)) for digest, part in named))
+    return manifest, named
+
+
+def manifest_of(folder: Path) -> PartsManifest:
+    """The manifest that :func:`split` gives, with one part in memory at a time."""
+    files: list[FileEntry] = []
+    parts = tuple(PartEntry(hashlib.sha256(part).hexdigest(), len(part)) for part in _cut(folder, PART_BYTES, files))
+    return PartsManifest(tuple(files), parts)
+
+
+def _cut(folder: Path, part_bytes: int, files: list[FileEntry]) -> Iterator[bytes]:
+    """The parts of a folder; ``files`` holds every file once the last part was taken."""
     if not 0 < part_bytes <= PART_BYTES:
         raise ValueError(f"expected a part size from 1 to {PART_BYTES}, got {part_bytes}")
-    files, parts, buffer = [], [], bytearray()
+    buffer = bytearray()
     for path in walk(folder):
         body = path.read_bytes()
         files.append(FileEntry(path.relative_to(folder).as_posix(), hashlib.sha256(body).hexdigest(), len(body)))
         buffer += body
         while len(buffer) >= part_bytes:
-            parts.append(bytes(buffer[:part_bytes]))
+            yield bytes(buffer[:part_bytes])
             del buffer[:part_bytes]
     if buffer:
-        parts.append(bytes(buffer))
-    named = [(hashlib.sha256(part).hexdigest(), part) for part in parts]
-    manifest = PartsManifest(tuple(files), tuple(PartEntry(digest, len(part)) for digest, part in named))
-    return manifest, named
+        yield bytes(buffer)
 
 
 def assemble(manifest: PartsManifest, fetch: Callable[[str], bytes], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from client.agent import SiteAgent
 from client.outbox import Outbox
 from privacy.boundary.messages import CapabilitiesRequest, MaskedAnswer, Refusal, from_bytes, to_bytes
 from privacy.ledger import Ledger
-from server.release.bundle import verify
+from server.release.verifying import Trust, verify
 from simulations import simulate
 from simulations.backends import BackendError
 from simulations.hospital_faults import FAULTS, Fault, plant_bad_input
@@ -55,9 +56,13 @@ def test_the_study_ends_with_a_report_and_a_bundle_that_verifies(study_finished:
     assert study_finished.ended["verdict"] in ("RELEASE", "HOLD")
     assert not (folder.path / "coordinator.log").exists()
     assert folder.report_html.stat().st_size > 10_000
-    assert verify(folder.bundle, [study_finished.key.public]) == ()
+    assert verify(folder.bundle, trusting(study_finished.key.public)).whole
     bundled = {path.relative_to(folder.bundle).parts[0] for path in folder.bundle.rglob("*") if path.is_file()}
-    assert {"cohort", "model", "report.json", "report.html", "manifest.json", "manifest.dsse.json"} <= bundled
+    assert {"cohort", "model", "report.json", "report.html", "release.intoto.jsonl", "dicom"} <= bundled
+
+
+def trusting(*keys: bytes) -> Trust:
+    return Trust(keys=keys, today=datetime.date(2026, 11, 24))
 
 
 def test_a_bundle_that_was_touched_does_not_verify(study_finished: Any, tmp_path: Path) -> None:
@@ -65,8 +70,8 @@ def test_a_bundle_that_was_touched_does_not_verify(study_finished: Any, tmp_path
     shutil.copytree(study_finished.folder.bundle, bundle)
     table = next((bundle / "cohort").rglob("*.csv"))
     table.write_bytes(table.read_bytes() + b"\n")
-    assert verify(bundle, [study_finished.key.public])
-    assert verify(study_finished.folder.bundle, [])  # a key inside the bundle is not believed
+    assert not verify(bundle, trusting(study_finished.key.public)).whole
+    assert not verify(study_finished.folder.bundle, trusting()).whole  # a key inside the bundle is not believed
 
 
 def test_the_report_names_promise_spend_and_what_was_frozen(study_finished: Any, study_sites: tuple[str, ...]) -> None:
@@ -113,7 +118,7 @@ def test_a_study_that_lost_its_report_makes_it_again_and_asks_for_nothing_privat
     shutil.rmtree(study.folder.report_json.parent)
     study.folder.bundle.rename(study.folder.bundle.with_name("bundle.part"))
     assert study.run()["kind"] == "finished"
-    assert verify(study.folder.bundle, [study.key.public]) == ()
+    assert verify(study.folder.bundle, trusting(study.key.public)).whole
     assert {site: study.kinds(site) for site in study_sites} == before
     assert all(path.read_bytes() == body for path, body in cohort.items())
     parts = [json.loads(s.folder.report_json.read_text(encoding="utf-8"))["evidence"] for s in (study_finished, study)]
@@ -304,7 +309,7 @@ def test_killed_in_the_middle_of_a_round_and_resumed(
     second = subprocess.run(command(study), capture_output=True, text=True, env=environment, check=False, timeout=240)
     assert second.returncode == 0, second.stdout + second.stderr
     assert study.ended["kind"] == "finished"
-    assert verify(study.folder.bundle, [study.key.public]) == ()
+    assert verify(study.folder.bundle, trusting(study.key.public)).whole
     assert {site: Outbox(study.site(site)).get(digest) for site in (ALDER, BIRCH)} == held
     used = {site: {stage.name: stage.spares_used for stage in study.ledger(site).stages} for site in study_sites}
     assert used[DUNE] == {"marginals": 0, "recentre": 0, "core": 1}

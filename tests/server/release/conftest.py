@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,21 @@ from scipy.stats import norm
 
 from medgen_models.schema import Column, Factor, Instance, PatientBatch, Schema, Slot
 from privacy.audit.attacks import counts_at
+from privacy.audit.gates import GatePolicy
+from privacy.audit.parts import manifest_of
 from privacy.audit.tradeoff import delta_of_mu
 from privacy.audit.validity import BLIND_THRESHOLDS
-from server.release.attack_evidence import AttackCounts, Validity
-from server.release.cohort_files import synthetic_ids
+from server.release import bundle, croissant, datasheet, dicom
+from server.release.attack_evidence import (
+    AttackCounts,
+    Attempt,
+    RiskCounts,
+    SiteCanaries,
+    Subgroup,
+    TrainingAudit,
+    Validity,
+)
+from server.release.cohort_files import synthetic_ids, write_cohort
 from server.release.evidence import (
     Cohort,
     Crossing,
@@ -32,9 +45,11 @@ from server.release.evidence import (
 )
 from server.release.figures import contact_sheet
 from server.release.measures import Correlation, FidelityRow, Marginal, Sheet, Trace, Utility
+from server.release.report import build_report, report_bytes
 
 SEQUENCES = ("T1w", "T1ce", "T2w", "FLAIR", "PD")
 PATHOLOGIES = ("healthy", "glioma")
+LEDGER_HEAD = f"7:{'ab' * 32}"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -398,6 +413,89 @@ def make_evidence(sheets: tuple[Sheet, ...] = (), **changes: Any) -> Evidence:
     return Evidence(**{**fields, **changes})
 
 
+def make_audit() -> dict[str, Any]:
+    """Everything that an audit can find, beside what :func:`make_evidence` has: slots, risks, subgroups, canaries, tries."""
+
+    def slot_attack(name: str, scope: str, mu: float, seed: int, **fields: Any) -> AttackCounts:
+        return make_attack(name, mu, 400, 200, seed, **{"access": "cohort only", "scope": scope} | fields)
+
+    def risk(name: Any, attack: str, knows: str, hits: tuple[int, int, int], main: bool = False) -> RiskCounts:
+        return RiskCounts(
+            risk=name, attack=attack, knows=knows, main=main, hits_member=hits[0], trials_member=400,
+            hits_held_out=hits[1], trials_held_out=200, hits_baseline=hits[2], trials_baseline=400,
+            sites=tuple(SITES), masked=True,
+        )  # fmt: skip
+
+    joint = (
+        make_attack("flow loss", 0.12, 400, 200, 1, access="final weights",
+                    about="How much better the final model fits a patient than the public model does."),
+        make_attack("density ratio", 0.2, 400, 200, 11, access="cohort only",
+                    about="How much likelier a patient is under the cohort than under the public population."),
+    )  # fmt: skip
+    similarity = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
+    images = {
+        slot: AttackCounts(
+            name="image copies", kind="copies", access="cohort only", scope=slot, thresholds=similarity,
+            hits_member=member, hits_held_out=held_out, trials_member=400, trials_held_out=200, sites=tuple(SITES),
+            masked=True, about="Largest correlation of a patient's image with a synthetic one.",
+        )
+        for slot, member, held_out in (
+            ("mri", (400, 391, 240, 80, 9, 1), (200, 196, 118, 37, 4, 0)),
+            ("cxr", (400, 399, 310, 120, 31, 6), (200, 200, 153, 55, 12, 1)),
+        )
+    }  # fmt: skip
+    return {
+        "attacks": (
+            *joint,
+            slot_attack("density ratio", "mri", 0.05, 12, about="The same on the image alone."),
+            slot_attack("density ratio", "ehr", 0.3, 13, about="The same on the table alone."),
+            make_attack("sum of canaries", 0.4, 400, 200, 14, access="round transcript",
+                        about="How well a patient's update lines up with what the coordinator received."),
+            slot_attack("nearest neighbour", "joint", 0.02, 2, kind="diagnostic",
+                        about="How near the nearest synthetic patient lies, in codec tokens and columns."),
+            AttackCounts(name="copies", kind="copies", access="cohort only", thresholds=(0.0,), hits_member=(0,),
+                         hits_held_out=(0,), trials_member=400, trials_held_out=200, sites=tuple(SITES),
+                         about="Rows that some synthetic patient repeats exactly."),
+            *images.values(),
+        ),
+        "risks": (
+            risk("singling out", "univariate", "One extreme value of the patient.", (9, 4, 6)),
+            risk("singling out", "multivariate", "Four columns of the patient.", (31, 12, 8), main=True),
+            risk("linkability", "table to table", "Half of the columns each.", (18, 9, 4)),
+            risk("linkability", "image to table", "A chest X-ray of the patient.", (22, 10, 5), main=True),
+            risk("inference", "pathology", "Every other column.", (240, 118, 231), main=True),
+            risk("inference", "died", "Every other column.", (210, 110, 215)),
+        ),
+        "subgroups": (
+            Subgroup(name="worst decile", trials_member=40, trials_held_out=20,
+                     attacks=(make_attack("flow loss", 0.5, 40, 20, 21, access="final weights"),)),
+            Subgroup(name="sex=F", trials_member=210, trials_held_out=101,
+                     attacks=(make_attack("flow loss", 0.1, 210, 101, 22, access="final weights"),)),
+            Subgroup(name="pathology=sclerosis"),
+        ),
+        "validity": Validity(
+            split_overlap=0,
+            blind=make_blind(),
+            planted=tuple(
+                make_attack(attack.name, 4.0, 40, 200, 30 + n, access=attack.access) for n, attack in enumerate(joint)
+            ),
+            null=tuple(
+                make_attack(attack.name, 0.0, 400, 200, 40 + n, access=attack.access) for n, attack in enumerate(joint)
+            ),
+        ),
+        "training_audit": TrainingAudit(
+            stage="core", promise=7.41, delta=1e-5, confidence=0.95,
+            sites=tuple(
+                SiteCanaries(site=site, canaries=500, guesses=200, correct=118 + 3 * n, one_run=0.1 * n, f_dp=0.2 + 0.1 * n,
+                             gaussian=0.4 + 0.1 * n, ceiling=4.1, commitment=f"{n + 1:x}" * 64, opened=True)
+                for n, site in enumerate(SITES)
+            ),
+        ),
+        "attempt": 2,
+        "failed_attempts": (Attempt(number=1, decision="BLOCK", reasons=("G5 copies, cxr", "G3 membership, flow loss")),),
+    }  # fmt: skip
+
+
 def make_blind() -> AttackCounts:
     rng = np.random.default_rng(3)
     return AttackCounts(
@@ -419,6 +517,13 @@ def evidence_with_images(schema: Schema, batch: PatientBatch) -> tuple[Evidence,
 
 
 @pytest.fixture(scope="session")
+def audited_with_images(schema: Schema, batch: PatientBatch) -> tuple[Evidence, dict[str, bytes]]:
+    """A study whose audit measured everything that a report can show."""
+    sheets, images = make_sheets(batch, make_batch(schema, 9, 7), schema)
+    return make_evidence(sheets, **make_audit()), images
+
+
+@pytest.fixture(scope="session")
 def evidence_factory() -> Callable[..., Evidence]:
     return make_evidence
 
@@ -431,3 +536,27 @@ def attack_factory() -> Callable[..., AttackCounts]:
 @pytest.fixture(scope="session")
 def promise_factory() -> Callable[..., Promise]:
     return make_promise
+
+
+@pytest.fixture(scope="session")
+def built_bundle(schema: Schema, batch: PatientBatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle of every kind of file, with an unsigned HOLD statement; copy it before you touch it."""
+    folder = tmp_path_factory.mktemp("built") / "bundle"
+    folder.mkdir()
+    write_cohort(batch, schema, folder / "cohort")
+    digest = manifest_of(folder / "cohort").digest
+    cohort = Cohort(patients=len(batch), slots=("mri", "cxr"), manifest_sha256=digest, integrity_failures=())
+    report = build_report(make_evidence(cohort=cohort), GatePolicy())
+    assert report["verdict"]["decision"] == "HOLD"
+    (folder / "report.json").write_bytes(report_bytes(report))
+    (folder / "report.html").write_text("<!doctype html><title>report</title>")
+    for name in ("models", "configs"):
+        (folder / "model" / name).mkdir(parents=True)
+    (folder / "model/models/model.safetensors").write_bytes(b"weights")
+    facts = {"plan_hash": "4f" * 32, "private": True, "ledger_heads": {"amber": LEDGER_HEAD}}
+    (folder / "model/configs/metadata.json").write_text(json.dumps({"medgen": json.dumps(facts)}))
+    dicom.export(folder / "cohort", folder / "dicom", digest, "1.2.3")
+    datasheet.write(folder, report, "1.2.3")
+    croissant.write(folder, report, "1.2.3")
+    bundle.build(folder, {"amber": LEDGER_HEAD})
+    return folder

@@ -1,174 +1,166 @@
-"""A bundle verifies offline, and a tampered one is refused in every way that we could think of."""
+"""A bundle says what its report says, is signed by people in their roles, and is accepted by those who may accept it."""
 
 from __future__ import annotations
 
-import base64
-import gzip
+import datetime
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from PIL import Image
 
-from medgen_models.schema import PatientBatch, Schema
 from privacy.identity import IdentityKey
 from server.release import bundle
-from server.release.cohort_files import write_cohort
+from server.release.statements import Approval, Role
+from server.release.verifying import Trust, verify
 
-LEAD, OFFICER, STRANGER = (IdentityKey(bytes([n]) * 32) for n in (1, 2, 3))
-TRUSTED = (LEAD.public, OFFICER.public)
+COORDINATOR, OFFICER, LEAD = (IdentityKey(bytes([n]) * 32) for n in (1, 2, 3))
+TODAY = datetime.date(2026, 11, 24)
+UNTIL = datetime.date(2027, 11, 24)
+TRUST = Trust(keys={COORDINATOR.public, OFFICER.public}, today=TODAY)
 
 
-@pytest.fixture(scope="module")
-def signed(batch: PatientBatch, schema: Schema, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle") / "bundle"
-    folder.mkdir()
-    write_cohort(batch, schema, folder / "cohort")
-    (folder / "report.json").write_text("{}")
-    (folder / "model").mkdir()
-    (folder / "model" / "core.safetensors").write_bytes(b"weights")
-    bundle.build(folder, "tiny", "2026-11-21", "HOLD", private=True, plan_sha256="a" * 64)
-    assert bundle.sign(folder, LEAD) == 1
-    assert bundle.sign(folder, OFFICER) == 2
-    return folder
+def yes(role: Role, verdict: str = "HOLD", **fields: Any) -> Approval:
+    if role == "privacy-officer":
+        fields = {"name": "A. Officer", "reason": "The recipients are bound by contract.", "until": UNTIL} | fields
+    return Approval.model_validate({"role": role, "verdict": verdict, "at": "2026-11-24T12:00:00Z", **fields})
 
 
 @pytest.fixture
-def copy(signed: Path, tmp_path: Path) -> Path:
-    shutil.copytree(signed, tmp_path / "bundle")
+def folder(built_bundle: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built_bundle, tmp_path / "bundle")
     return tmp_path / "bundle"
 
 
-def test_an_untouched_bundle_verifies(signed: Path) -> None:
-    assert bundle.verify(signed, TRUSTED) == ()
-    assert bundle.read_manifest(signed).verdict == "HOLD"
+def test_two_signers_in_their_roles_make_a_hold_leave(folder: Path) -> None:
+    assert bundle.sign(folder, COORDINATOR, yes("coordinator")) == 1
+    assert verify(folder, TRUST).whole
+    assert bundle.sign(folder, OFFICER, yes("privacy-officer")) == 2
+    found = verify(folder, TRUST)
+    assert found.accepted, found.reasons
+    assert {signer.approval.role for signer in found.signers} == {"coordinator", "privacy-officer"}
 
 
-def first(folder: Path, pattern: str) -> Path:
-    return sorted(folder.glob(pattern))[0]
+def test_the_statement_holds_every_file_and_what_the_report_says(folder: Path) -> None:
+    signed = bundle.read_signed(folder)
+    report = json.loads((folder / "report.json").read_text())
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {bundle.STATEMENTS}
+    assert set(signed.statement.files) == files
+    claims = signed.statement.predicate
+    assert (claims.verdict, claims.private) == (report["verdict"]["decision"], report["verdict"]["private"])
+    assert claims.policy_sha256 == report["verdict"]["policy_sha256"]
+    assert claims.promise is not None and claims.promise.epsilon == report["evidence"]["promise"]["epsilon"]
+    assert claims.cohort_sha256 == report["evidence"]["cohort"]["manifest_sha256"]
+    assert claims.required_signatures == 2
 
 
-def flip(path: Path, at: int = -1) -> None:
-    body = bytearray(path.read_bytes())
-    body[at] ^= 1
-    path.write_bytes(bytes(body))
+def test_signing_is_in_any_order_and_on_a_copy(folder: Path, tmp_path: Path) -> None:
+    bundle.sign(folder, OFFICER, yes("privacy-officer"))
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(folder, elsewhere)
+    bundle.sign(elsewhere, COORDINATOR, yes("coordinator"))
+    assert verify(elsewhere, TRUST).accepted
+    assert not verify(folder, TRUST).accepted
 
 
-def append(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b" ")
+@pytest.mark.parametrize(
+    ("signers", "trust", "reason"),
+    [
+        ([("coordinator", COORDINATOR)], TRUST, "no privacy officer has accepted it"),
+        ([("coordinator", COORDINATOR)], TRUST, "1 good signatures by keys that you trust, 2 required"),
+        ([("privacy-officer", OFFICER)], TRUST, "neither coordinator nor data lead"),
+        ([("coordinator", COORDINATOR), ("data-lead", OFFICER)], TRUST, "no privacy officer has accepted it"),
+        (
+            [("coordinator", COORDINATOR), ("privacy-officer", OFFICER)],
+            Trust(keys=TRUST.keys, today=TODAY, required=3),
+            "2 good signatures by keys that you trust, 3 required",
+        ),
+        (
+            [("coordinator", COORDINATOR), ("privacy-officer", OFFICER)],
+            Trust(keys=TRUST.keys, today=UNTIL + datetime.timedelta(days=1)),
+            "approval of A. Officer (privacy-officer) expired on 2027-11-24",
+        ),
+        (
+            [("privacy-officer", COORDINATOR), ("data-lead", OFFICER)],
+            Trust(keys=TRUST.keys, today=TODAY, roles={OFFICER.public: "privacy-officer"}),
+            "signed as data-lead; you know it as privacy-officer",
+        ),
+    ],
+)
+def test_a_yes_that_is_missing_is_named(
+    folder: Path, signers: list[tuple[Role, IdentityKey]], trust: Trust, reason: str
+) -> None:
+    for role, key in signers:
+        bundle.sign(folder, key, yes(role))
+    found = verify(folder, trust)
+    assert not found.accepted
+    assert any(reason in text for text in found.reasons), found.reasons
 
 
-def unmark_png(folder: Path) -> None:
-    path = first(folder, "cohort/*/xray/*.png")
-    Image.open(path).save(path)
+def test_an_approval_holds_on_its_last_day(folder: Path) -> None:
+    bundle.sign(folder, COORDINATOR, yes("coordinator"))
+    bundle.sign(folder, OFFICER, yes("privacy-officer"))
+    assert verify(folder, Trust(keys=TRUST.keys, today=UNTIL)).accepted
 
 
-def unmark_nifti(folder: Path) -> None:
-    path = first(folder, "cohort/*/*/*.nii.gz")
-    body = gzip.decompress(path.read_bytes()).replace(b'"Synthetic": true', b'"Synthetic":false')
-    path.write_bytes(gzip.compress(body))
+def test_signing_again_replaces_what_a_signer_said(folder: Path) -> None:
+    bundle.sign(folder, COORDINATOR, yes("coordinator"))
+    bundle.sign(folder, OFFICER, yes("privacy-officer", reason="First words."))
+    assert bundle.sign(folder, OFFICER, yes("privacy-officer", reason="Better words.")) == 2
+    found = verify(folder, TRUST)
+    assert found.accepted
+    assert [s.approval.reason for s in found.signers if s.approval.reason] == ["Better words."]
 
 
-def unmark_sidecar(folder: Path) -> None:
-    path = first(folder, "cohort/*/*/*.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"Synthetic": False}))
+@pytest.mark.parametrize("missing", ["name", "reason", "until"])
+def test_an_officer_who_accepts_a_hold_says_who_why_and_until_when(missing: str) -> None:
+    with pytest.raises(ValueError, match=r"says why|name and with the last day"):
+        yes("privacy-officer", **{missing: None})
 
 
-def edit_envelope(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
-    path = folder / bundle.ENVELOPE
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+def test_nobody_is_trusted_by_default(folder: Path) -> None:
+    bundle.sign(folder, COORDINATOR, yes("coordinator"))
+    bundle.sign(folder, OFFICER, yes("privacy-officer"))
+    found = verify(folder, Trust(keys=(), today=TODAY))
+    assert sum("signed by an unknown key" in reason for reason in found.broken) == 2
+    assert found.signers == ()
 
 
-def edit_manifest(folder: Path, **fields: object) -> None:
-    path = folder / bundle.MANIFEST
-    content = json.loads(path.read_text()) | fields
-    path.write_text(json.dumps(content, sort_keys=True, separators=(",", ":")))
-
-
-def swap_payload(folder: Path) -> None:
-    edit_manifest(folder, verdict="RELEASE")
-    body = (folder / bundle.MANIFEST).read_bytes()
-    edit_envelope(folder, lambda content: content.update(payload=base64.b64encode(body).decode()))
-
-
-TAMPERING: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a changed byte in a volume": (lambda f: flip(first(f, "cohort/*/*/*.nii.gz")), "changed"),
-    "a changed byte in a film": (lambda f: flip(first(f, "cohort/*/xray/*.png"), 60), "changed"),
-    "a changed table": (lambda f: flip(f / "cohort/ehr.csv"), "changed"),
-    "a changed report": (lambda f: (f / "report.json").write_text('{"verdict":"RELEASE"}'), "changed"),
-    "changed weights": (lambda f: flip(f / "model/core.safetensors"), "changed"),
-    "an appended byte": (lambda f: append(f / "cohort/README.md"), "changed"),
-    "a missing file": (lambda f: first(f, "cohort/*/*/*.nii.gz").unlink(), "missing"),
-    "an emptied file": (lambda f: (f / "cohort/vitals.csv").write_bytes(b""), "changed"),
-    "an extra file": (lambda f: (f / "cohort/notes.md").write_text("x"), "not in the manifest"),
-    "an extra hidden file": (lambda f: (f / ".DS_Store").write_bytes(b"x"), "not in the manifest"),
-    "an extra empty folder": (lambda f: (f / "cohort/sub-SYN9999").mkdir(), "empty folder"),
-    "a renamed file": (lambda f: (f / "report.json").rename(f / "report2.json"), "missing"),
-    "a link": (lambda f: (f / "cohort/link").symlink_to(f / "report.json"), "no links"),
-    "a film without its mark": (unmark_png, "does not say that it is synthetic"),
-    "a volume without its mark": (unmark_nifti, "does not say that it is synthetic"),
-    "a sidecar without its mark": (unmark_sidecar, "does not say that it is synthetic"),
-    "a table without its sidecar": (lambda f: (f / "cohort/ehr.json").unlink(), "does not say that it is synthetic"),
-    "no cohort": (lambda f: shutil.rmtree(f / "cohort"), "cohort: missing"),
-    "no manifest": (lambda f: (f / bundle.MANIFEST).unlink(), "missing"),
-    "no signatures file": (lambda f: (f / bundle.ENVELOPE).unlink(), "missing"),
-    "an edited manifest": (lambda f: edit_manifest(f, verdict="RELEASE"), "what was signed is not"),
-    "a lowered number of signatures": (lambda f: edit_manifest(f, required_signatures=1), "what was signed is not"),
-    "another manifest version": (lambda f: edit_manifest(f, schema_version="medgen.bundle/2"), "no bundle manifest"),
-    "a manifest with an unknown field": (lambda f: edit_manifest(f, note="trust me"), "no bundle manifest"),
-    "a manifest of no files": (lambda f: edit_manifest(f, files=[]), "not in the manifest"),
-    "a reformatted manifest": (
-        lambda f: (f / bundle.MANIFEST).write_text(json.dumps(json.loads((f / bundle.MANIFEST).read_text()), indent=1)),
-        "canonical",
-    ),
-    "an edited manifest in an edited envelope": (swap_payload, "does not fit"),
-    "one signature removed": (lambda f: edit_envelope(f, lambda c: c["signatures"].pop()), "2 required"),  # type: ignore[attr-defined]
-    "all signatures removed": (lambda f: edit_envelope(f, lambda c: c.update(signatures=[])), "2 required"),
-    "one signature twice": (
-        lambda f: edit_envelope(f, lambda c: c.update(signatures=[c["signatures"][0]] * 2)),  # type: ignore[index]
-        "2 required",
-    ),
-    "another payload type": (
-        lambda f: edit_envelope(f, lambda c: c.update(payloadType="application/json")),
-        "no signed envelope",
-    ),
-    "a torn envelope": (lambda f: (f / bundle.ENVELOPE).write_bytes(b'{"payload":'), "no signed envelope"),
-    "an unknown signer": (lambda f: bundle.sign(f, STRANGER), "unknown key"),
-}
-
-
-@pytest.mark.parametrize("name", TAMPERING)
-def test_tampering_is_refused(name: str, copy: Path) -> None:
-    tamper, message = TAMPERING[name]
-    tamper(copy)
-    failures = bundle.verify(copy, TRUSTED)
-    assert any(message in failure for failure in failures), failures
-
-
-def test_unmarked_files_cannot_be_built_or_signed_even_by_the_signer(copy: Path) -> None:
-    unmark_png(copy)
-    with pytest.raises(ValueError, match="does not say"):
-        bundle.build(copy, "tiny", "2026-11-21", "RELEASE", private=True)
+def test_unmarked_or_changed_files_cannot_be_built_or_signed_even_by_the_signer(folder: Path) -> None:
+    sidecar = sorted(folder.glob("cohort/*/*/*.json"))[0]
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"Synthetic": False}))
     with pytest.raises(ValueError, match="changed"):
-        bundle.sign(copy, LEAD)
+        bundle.sign(folder, COORDINATOR, yes("coordinator"))
+    with pytest.raises(ValueError, match="does not say that it is synthetic"):
+        bundle.build(folder)
 
 
-def test_nobody_is_trusted_by_default(signed: Path) -> None:
-    failures = bundle.verify(signed, ())
-    assert sum("unknown key" in failure for failure in failures) == 2
-    assert bundle.verify(signed, (LEAD.public,)) != ()
+def test_an_approval_of_another_verdict_is_not_signed(folder: Path) -> None:
+    with pytest.raises(ValueError, match="the approval is of RELEASE, the release says HOLD"):
+        bundle.sign(folder, COORDINATOR, yes("coordinator", verdict="RELEASE"))
 
 
-def test_a_blocked_cohort_has_no_bundle(copy: Path) -> None:
-    with pytest.raises(ValueError, match="BLOCK"):
-        bundle.build(copy, "tiny", "2026-11-21", "BLOCK", private=True)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"verdict": {"decision": "BLOCK"}}, "the verdict is BLOCK"),
+        ({"evidence": {"cohort": {"manifest_sha256": "0" * 64}}}, "not the cohort that the report is about"),
+        ({"evidence": {"plan_sha256": "0" * 64}}, "plan_sha256 is not that of the statement"),
+    ],
+)
+def test_what_the_report_does_not_bear_out_is_not_built(folder: Path, change: dict[str, Any], message: str) -> None:
+    path = folder / "report.json"
+    path.write_text(json.dumps(merged(json.loads(path.read_text()), change)))
+    with pytest.raises(ValueError, match=message):
+        bundle.build(folder)
 
 
-def test_verification_needs_no_network_and_survives_junk(tmp_path: Path) -> None:
-    assert bundle.verify(tmp_path / "nothing", TRUSTED) != ()
-    (tmp_path / bundle.MANIFEST).write_bytes(b"\xff\xfe")
-    assert bundle.verify(tmp_path, TRUSTED) != ()
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    return base | {k: merged(base[k], v) if isinstance(v, dict) else v for k, v in change.items()}
+
+
+def test_verification_survives_junk(tmp_path: Path) -> None:
+    assert not verify(tmp_path / "nothing", TRUST).whole
+    (tmp_path / bundle.STATEMENTS).write_bytes(b"\xff\xfe")
+    assert not verify(tmp_path, TRUST).whole
