@@ -109,13 +109,24 @@ def outside(plan: StudyPlan, site: str) -> tuple[str, ...]:
     """What is asked of real patients without noise, which no epsilon covers."""
     if not plan.audit.attacks or not plan.audit.cap:
         return ()
-    names = ", ".join(attack.name for attack in plan.audit.attacks)
+    names = ", ".join(dict.fromkeys(attack.name for attack in plan.audit.attacks))
     entry = plan.roster.get(site)
     trials = plan.audit.trials or (entry.held_out_decl if entry else 0)
     lines = [
         f"audit of the finished cohort: counts of {len(plan.audit.attacks)} attacks ({names}) on {trials} members and as "
         f"many held-out patients, at most {plan.audit.cap} times"
     ]
+    if plan.audit.risks:
+        named = ", ".join(dict.fromkeys(risk.risk for risk in plan.audit.risks))
+        lines.append(
+            f"{len(plan.audit.risks)} attacks of the three risks ({named}) on the same patients, in the same answer"
+        )
+    if plan.audit.groups:
+        named = ", ".join(group.name for group in plan.audit.groups)
+        lines.append(
+            f"the joint attacks by group of patients ({named}), and how many of yours are in each; groups of fewer than "
+            f"{plan.audit.fewest} send nothing"
+        )
     if plan.audit.pairs:
         lines.append(f"utility: a concordance over {plan.audit.pairs} pairs of held-out patients, in the same answer")
     if "audit" not in {group.partition(":")[0] for group in sends(plan, "audit", site)}:

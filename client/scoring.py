@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from client.pictures import Alike, alike
 from medgen_models.assembly import StudyModel
 from medgen_models.flow import fixed_losses
 from medgen_models.membership import Queries, per_patient, reconstruction, signals
@@ -112,6 +113,10 @@ class Attacked:
                     return np.asarray(-np.log(-nearest_neighbour_score(self._distance(scope))), np.float64)
             case "copies":
                 return copied(self._distance(scope), COPY_TOLERANCE).astype(np.float64)
+            case "image-copies":
+                return self._alike(scope).copy_P
+            case "recognition":
+                return self._alike(scope).person_P
             case "blind":
                 return self._blind()
             case "domias" | "gen-lra" | "classifier" | "nearest-ratio":
@@ -154,6 +159,16 @@ class Attacked:
     @functools.cached_property
     def _reconstruction(self) -> Floats:
         return _double(reconstruction(self.model.bank, self.both) - reconstruction(self.model.public.bank, self.both))
+
+    def _alike(self, scope: str) -> Alike:
+        if scope not in self._pictures:
+            schema = self.model.schema
+            self._pictures[scope] = alike(schema.slot(scope), schema.keys(), self.both, self.cohort)
+        return self._pictures[scope]
+
+    @functools.cached_property
+    def _pictures(self) -> dict[str, Alike]:
+        return {}
 
     def _slot(self, scope: str) -> int:
         return self.model.layout.slots.index(scope)

@@ -52,6 +52,8 @@ def plan_audit(config: StudyConfig, schema: Schema, dp: DPPlan, population: bool
         ]
     attacks += [Attack(name="nearest-neighbour", scope=scope, thresholds=LOSS_THRESHOLDS) for scope in scopes]
     attacks += [Attack(name="copies", scope=scope, thresholds=(0.5,)) for scope in (JOINT, *images)]
+    attacks += [Attack(name="image-copies", scope=slot, thresholds=(0.5, 1.5)) for slot in images]
+    attacks += [Attack(name="recognition", scope=slot, thresholds=THRESHOLDS) for slot in images]
     attacks.append(Attack(name="blind", thresholds=BLIND_THRESHOLDS))
     return Audit(
         attacks=tuple(attacks),

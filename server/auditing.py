@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -43,7 +44,18 @@ ABOUT: dict[str, tuple[Access, str]] = {
         "cohort only",
         "A synthetic patient whose tokens equal a real one's within a thousandth of their spread.",
     ),
+    "image-copies": (
+        "cohort only",
+        "An image of the cohort, registered, mirrored or zoomed, that is more alike than 99 % of strangers, or than all.",
+    ),
+    "recognition": ("cohort only", "Coarse likeness of images, as a re-identification would use it; a diagnostic."),
     "blind": ("no model", "A classifier that never saw model or cohort: it must fail, or the split is not fair."),
+}
+KINDS: dict[str, Literal["diagnostic", "copies"]] = {
+    "nearest-neighbour": "diagnostic",
+    "recognition": "diagnostic",
+    "copies": "copies",
+    "image-copies": "copies",
 }
 
 
@@ -127,7 +139,7 @@ def _decode(plan: StudyPlan, values: np.ndarray, sites: tuple[str, ...], outcome
         access, about = ABOUT[planned.name]
         return AttackCounts(
             name=planned.name,
-            kind={"nearest-neighbour": "diagnostic", "copies": "copies"}.get(planned.name, "membership"),
+            kind=KINDS.get(planned.name, "membership"),
             access=access,
             scope=planned.scope,
             thresholds=planned.thresholds,

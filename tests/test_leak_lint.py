@@ -35,6 +35,11 @@ PUBLIC = {
     "privacy/audit/bayesian.py": "counts that are published or stay at the coordinator",
     "privacy/audit/bounds.py": "coins and counts that are published or stay at the coordinator",
     "privacy/audit/gates.py": "published counts",
+    "privacy/audit/in_training.py": "coins, and rounds that sites say they answered",
+    "privacy/audit/message.py": "counts that leave, declared as not covered",
+    "privacy/audit/population.py": "public patients, for attacks",
+    "privacy/audit/study_gates.py": "published counts",
+    "privacy/audit/table_gates.py": "published counts",
     "privacy/audit/one_run.py": "coins and counts that are published or stay at the coordinator",
     "privacy/boundary/plan.py": "declared numbers of the roster",
     "privacy/gradients.py": "times of a trial on made-up patients",
@@ -47,18 +52,30 @@ PUBLIC = {
 
 STANDALONE = (
     "privacy/audit/copies.py",
-    "privacy/audit/density.py",
-    "privacy/audit/discriminator.py",
-    "privacy/audit/mixed.py",
-    "privacy/audit/neighbours.py",
-    "privacy/audit/predicates.py",
-    "privacy/audit/risks.py",
     "privacy/audit/standalone.py",
     "privacy/audit/table_attacks.py",
-    "privacy/audit/table_gates.py",
 )
 """The audit of a table that somebody else made. It looks at patients, as an attacker with the tables would, and its scales
 come from them; it runs by hand where the tables lie, no stage or message of a study calls it, and the test below says so."""
+
+ATTACKERS = (
+    "privacy/audit/cohort_attacks.py",
+    "privacy/audit/density.py",
+    "privacy/audit/discriminator.py",
+    "privacy/audit/image_copies.py",
+    "privacy/audit/likeness.py",
+    "privacy/audit/mixed.py",
+    "privacy/audit/neighbours.py",
+    "privacy/audit/patient_risks.py",
+    "privacy/audit/predicates.py",
+    "privacy/audit/reference_models.py",
+    "privacy/audit/risks.py",
+)
+"""Attacks. They look at patients as an attacker with the files would. At a site they run in the audit of a study alone: of
+what they find, counts at thresholds that the plan fixed leave, declared as not covered; the test below says who calls them."""
+
+AUDITING = ("client/evidence.py", "client/scoring.py", "client/pictures.py")
+"""The audit of a study at a site."""
 
 IMAGE = "one image's own values; no other patient is read"
 SAME = "joins rows of tables at the site; what comes out is the patient's own record"
@@ -66,6 +83,8 @@ LOCAL_CHECK = "says whether a record can be used; the answer stays at the site"
 COUNT = "exact counts, handed to the Gaussian mechanism in the same function or by its caller"
 ATTACK = "attack scores at a site; counts at public thresholds leave, declared as not covered"
 ALLOWED = {
+    ("client/canaries.py", "_scores"): "stages of a plan",
+    ("client/scoring.py", "nearest"): "pairs for the site's own annex; they do not leave",
     ("client/records/bids.py", "level_of"): "the longest of public suffixes",
     ("client/records/bids.py", "check_shape"): LOCAL_CHECK,
     ("client/records/dicom.py", "_check_size"): LOCAL_CHECK,
@@ -135,7 +154,7 @@ def everywhere() -> dict[tuple[str, str], list[str]]:
 
 
 def test_every_summary_of_a_private_batch_has_its_reason() -> None:
-    known = {*PUBLIC, *STANDALONE}
+    known = {*PUBLIC, *STANDALONE, *ATTACKERS}
     strange = {place: what for place, what in everywhere().items() if place[0] not in known and place not in ALLOWED}
     assert strange == {}, "make it a query of privacy/statistics.py, or name it here with the reason"
 
@@ -151,10 +170,18 @@ def test_no_stage_of_a_study_reaches_the_standalone_audit() -> None:
     names = {module.removesuffix(".py").replace("/", ".") for module in STANDALONE}
     for path in sorted(path for room in (*ROOMS, "server") for path in (ROOT / room).rglob("*.py")):
         module = path.relative_to(ROOT).as_posix()
-        if module in STANDALONE or module.startswith("server/audit_"):
+        if module in (*STANDALONE, *ATTACKERS, "privacy/audit/table_gates.py") or module.startswith("server/audit_"):
             continue
         source = path.read_text(encoding="utf-8")
         assert not [name for name in names if re.search(rf"\b{re.escape(name)}\b", source)], module
+
+
+def test_at_a_site_only_the_audit_attacks() -> None:
+    names = {module.removesuffix(".py").replace("/", ".") for module in ATTACKERS}
+    for path in sorted((ROOT / "client").rglob("*.py")):
+        if path.relative_to(ROOT).as_posix() not in AUDITING:
+            source = path.read_text(encoding="utf-8")
+            assert not [name for name in names if re.search(rf"\b{re.escape(name)}\b", source)], path.name
 
 
 @pytest.mark.parametrize(

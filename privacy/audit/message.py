@@ -30,7 +30,7 @@ SIDES: tuple[Side, ...] = ("member", "held-out")
 WORST = "worst decile"
 WORST_SHARE = 0.1
 PAIRS: Key = ("pairs", "", "", "held-out")
-UNJUDGED = ("copies", "blind")
+UNJUDGED = ("copies", "image-copies", "blind")
 """Attacks without a null control: a copy is a fact, and the blind baseline is itself a control."""
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from privacy.audit import gates, table_gates
 from privacy.audit.bounds import ThresholdCounts, auc, tpr_at_fpr
 from privacy.audit.gates import Finding, GatePolicy, Status, joint_confidence, missing
-from privacy.audit.multiplicity import holm
+from privacy.audit.multiplicity import excess_p_value, holm
 from privacy.audit.risks import Risk, RiskName
 from privacy.audit.table_gates import TablePolicy
 
@@ -110,6 +110,26 @@ def group(name: str, found: Mapping[str, ThresholdCounts] | None, policy: GatePo
     if status == "HOLD" and size < policy.group_judged:
         status = "INFO"  # lack of evidence about a small group; about everybody it holds already
     return dataclasses.replace(chosen, rule="G6 outliers", status=status)
+
+
+def too_alike(name: str, counts: ThresholdCounts | None, policy: GatePolicy) -> Finding:
+    """Images that resemble members' more than they resemble those of patients who never trained.
+
+    Strangers pass the thresholds now and then, so the exact comparison decides, corrected for the number of thresholds.
+    """
+    if counts is None:
+        return missing("G5 copies", name, "whether images of the cohort resemble real ones too much")
+    sizes, tests = (counts.trials_member, counts.trials_held_out), len(counts.thresholds)
+    pairs = list(zip(counts.hits_member, counts.hits_held_out, strict=True))
+    values = [excess_p_value(hits, sizes[0], misses, sizes[1]) for hits, misses in pairs]
+    p_value, (hits, misses) = min(zip(values, pairs, strict=True))
+    p_value = min(1.0, tests * p_value)
+    seen = f"{hits} of {sizes[0]} members, {misses} of {sizes[1]} held-out, p {p_value:.2g}"
+    if p_value <= policy.level_block:
+        return Finding("G5 copies", name, "BLOCK", hits, f"Images of members were copied: {seen}.")
+    if p_value <= policy.level_hold:
+        return Finding("G5 copies", name, "HOLD", hits, f"Images of members seem to have been copied: {seen}.")
+    return Finding("G5 copies", name, "PASS", hits, f"Images are as alike to members' as to strangers': {seen}.")
 
 
 def three_risks(risks: Sequence[Risk], mains: Mapping[RiskName, str], policy: GatePolicy) -> list[Finding]:

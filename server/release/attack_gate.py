@@ -58,10 +58,11 @@ def risks(evidence: Evidence, policy: GatePolicy) -> Iterator[Finding]:
 
 
 def copies(evidence: Evidence, policy: GatePolicy) -> Iterator[Finding]:
-    """Verbatim copies, of everything and per slot."""
+    """Verbatim copies of everything and per slot, and images that are too alike."""
     own = [attack for attack in evidence.attacks if attack.kind == "copies"]
     for attack in own:
-        yield gates.copies(attack.label, attack.counts, policy)
+        rule = gates.copies if len(attack.thresholds) == 1 else study_gates.too_alike
+        yield rule(attack.label, attack.counts, policy)
     if not own:
         yield gates.copies("copies", None, policy)
 

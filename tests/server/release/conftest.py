@@ -399,7 +399,14 @@ def make_evidence(sheets: tuple[Sheet, ...] = (), **changes: Any) -> Evidence:
         "validity": Validity(
             split_overlap=0,
             blind=make_blind(),
-            planted=(make_attack("nearest neighbour", 4.0, 40, 200, 4, access="cohort only"),),
+            planted=(
+                make_attack("flow loss", 4.0, 40, 200, 5, access="final weights"),
+                make_attack("nearest neighbour", 4.0, 40, 200, 4, access="cohort only"),
+            ),
+            null=(
+                make_attack("flow loss", 0.0, 400, 200, 6, access="final weights"),
+                make_attack("nearest neighbour", 0.0, 400, 200, 7, access="cohort only"),
+            ),
         ),
         "utility": (
             Utility(task="died", trained_on="synthetic", concordant=612, pairs=1000, sites=tuple(SITES)),

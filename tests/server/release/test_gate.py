@@ -47,6 +47,12 @@ def test_the_verdict_is_a_pure_function(evidence_factory: Make) -> None:
         ({"validity": Validity()}, "G0 validity", "split"),
         ({"validity": Validity()}, "G0 validity", "blind baseline"),
         ({"validity": Validity()}, "G0 validity", "planted leak"),
+        ({"validity": Validity()}, "G0 validity", "null control"),
+        ({}, "G4 three risks", "singling out"),
+        ({}, "G4 three risks", "linkability"),
+        ({}, "G4 three risks", "inference"),
+        ({}, "G6 outliers", "easiest to recognise"),
+        ({}, "G6 outliers", "groups"),
         ({"correlations": ()}, "G7 usefulness", "coherence"),
         ({"utility": ()}, "G7 usefulness", "outcome"),
         ({"cohort": None}, "G8 integrity", "cohort files"),
@@ -65,7 +71,7 @@ def test_no_evidence_at_all(evidence_factory: Make) -> None:
     assert found.decision == "HOLD"
     assert not found.private
     assert found.sentence.startswith("NOT PRIVATE")
-    assert {f.status for f in found.findings if f.subject not in ("attempts", "not covered")} == {"HOLD"}
+    assert {f.status for f in found.findings if f.subject not in ("attempts", "not covered", "canaries in training")} == {"HOLD"}
 
 
 def test_an_attack_without_a_control_group_is_held(
