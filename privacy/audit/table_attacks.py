@@ -87,7 +87,7 @@ class Attacked:
         null_alarms: share of dealt labels under which the AUC's interval lies above one half.
     """
 
-    name: AttackName
+    name: str
     access: str
     diagnostic: bool
     counts: ThresholdCounts
@@ -125,14 +125,14 @@ def run(
     scale = Scale.of(columns, np.concatenate([member_PC, held_out_PC]))
     member, held_out = np.empty(len(member_PC)), np.empty(len(held_out_PC))
     for fold in split:
-        score = _scorer(name, columns, scale, fold.reference_RC, generator)
+        score = scorer(name, columns, scale, fold.reference_RC, generator)
         both = score(np.concatenate([member_PC[fold.member], held_out_PC[fold.held_out]]), synthetic_SC)
         member[fold.member], held_out[fold.held_out] = np.split(both, [len(fold.member)])
     thresholds = blind_thresholds(member, held_out)
     counts = count(member, held_out, thresholds)
     first = split[0]
     planted = planted_leak(
-        _scorer(name, columns, scale, first.reference_RC, generator),
+        scorer(name, columns, scale, first.reference_RC, generator),
         member_PC[first.member],
         held_out_PC[first.held_out],
         synthetic_SC,
@@ -173,10 +173,10 @@ def count(member_P: Floats, held_out_P: Floats, thresholds: tuple[float, ...]) -
     return ThresholdCounts(thresholds, hits[0], hits[1], len(member_P), len(held_out_P))
 
 
-def _scorer(
+def scorer(
     name: AttackName, columns: Columns, scale: Scale, reference_RC: Floats, generator: np.random.Generator
 ) -> Callable[[Floats, Floats], Floats]:
-    """(patients, cohort) -> scores."""
+    """The attack as a function (patients, cohort) -> scores, with the population rows that it compares with."""
 
     def score(patient_PC: Floats, synthetic_SC: Floats) -> Floats:
         match name:
