@@ -38,6 +38,8 @@ CANDIDATES = 6
 """Images of the cohort, in any form, that are registered with each image asked about."""
 QUANTILE = 0.99
 """Of strangers' likeness, above which an image counts as too alike. Source: Dar et al. (2025), who take 0.95."""
+VERBATIM = 0.95
+"""Likeness from which somebody must look at the two images, however few they are."""
 _NONE = -2.0  # below every likeness
 _GALLERY_BLOCK = 512
 
@@ -183,12 +185,15 @@ class ImageCopies:
     Attributes:
         what: "whole image" or "single slice".
         counts: members and held-out patients at both thresholds.
+        verbatim_member, verbatim_held_out: patients above :data:`VERBATIM` and above every two strangers.
         rate_member, rate_held_out: Clopper-Pearson intervals at the first threshold.
         p_value: of "members have no more of them", exact, corrected for the two thresholds.
     """
 
     what: str
     counts: ThresholdCounts
+    verbatim_member: int
+    verbatim_held_out: int
     rate_member: Interval
     rate_held_out: Interval
     p_value: float
@@ -216,7 +221,8 @@ def copies(
     pairs = list(zip(counts.hits_member, counts.hits_held_out, strict=True))
     smallest = min(excess_p_value(hits, sizes[0], misses, sizes[1]) for hits, misses in pairs)
     rates = [clopper_pearson(hits, size, confidence) for hits, size in zip(pairs[0], sizes, strict=True)]
-    return ImageCopies(what, counts, rates[0], rates[1], min(1.0, len(pairs) * smallest))
+    plain = [int((side >= max(VERBATIM, thresholds[-1])).sum()) for side in (member_P, held_out_P)]
+    return ImageCopies(what, counts, plain[0], plain[1], rates[0], rates[1], min(1.0, len(pairs) * smallest))
 
 
 def recognition(likeness: Likeness, pool: Pictures) -> float | None:

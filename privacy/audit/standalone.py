@@ -9,7 +9,8 @@ Covered
     - One correction over every test (Holm), one generator for all randomness, progress by callback.
 
 Not covered
-    - Images and series; several rows of one patient (one row per patient, and repeated identifiers are refused).
+    - Images (:mod:`privacy.audit.image_audit`) and series; several rows of one patient (one row per patient, and repeated
+      identifiers are refused).
     - Any promise: without a plan there is no epsilon to hold results against, and no result here is a proof of privacy.
 """
 
@@ -148,7 +149,7 @@ class TableAudit:
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "overlap": dataclasses.asdict(self.overlap),
             "blind_auc": None if self.blind is None else dataclasses.asdict(self.blind),
-            "attacks": [_attack_json(attack, policy) for attack in self.attacks],
+            "attacks": [attack_json(attack, policy) for attack in self.attacks],
             "risks": [
                 {**dataclasses.asdict(risk), "adjusted_p_value": p}
                 for risk, p in zip(self.risks, self.adjusted[: len(self.risks)], strict=True)
@@ -159,7 +160,7 @@ class TableAudit:
         }
 
 
-def _attack_json(attack: Attacked, policy: TablePolicy) -> dict[str, Any]:
+def attack_json(attack: Attacked, policy: TablePolicy) -> dict[str, Any]:
     """An attack with every number that a reader needs to judge its silence: intervals, bounds and their ceilings."""
     counts, level = attack.counts, policy.gates.confidence
     sizes, tests = (counts.trials_member, counts.trials_held_out), len(counts.thresholds)
