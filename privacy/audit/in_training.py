@@ -53,7 +53,7 @@ Floats = NDArray[np.float64]
 SALT_BYTES = 32
 BOUNDS = 3  # one-run, f-DP and Gaussian: judged together
 GUESSED = ((0.02, 0.0), (0.1, 0.0), (0.06, 0.06), (0.2, 0.2))  # of a site's canaries: as "in" from the top, as "out"
-SHARES = (0.0, 0.4, 0.7, 1.0)  # of epsilon(SCORE_DELTA): thresholds of the log-likelihood ratio
+SHARES = (0.0, 0.4, 0.7, 1.0)  # of epsilon(SCORE_DELTA): thresholds of the log-likelihood ratio, beside one more
 SCORE_DELTA = 1e-2  # hundreds of trials show nothing further out
 
 
@@ -69,11 +69,24 @@ def design(promise: DPPlan, canaries: int) -> Canaries:
         )
     event = dp_accounting.ComposedDpEvent([stage.event(stage.rounds) for stage in promise.training_stages])
     reach = accounting.epsilon(event, SCORE_DELTA) or accounting.epsilon(event, promise.delta)
+    thresholds = {round(share * reach, 6) for share in SHARES} | {round(_drawn_once(promise), 6)}
     return Canaries(
         per_site=canaries,
         guesses=tuple((round(top * canaries), round(bottom * canaries)) for top, bottom in GUESSED),
-        thresholds=tuple(round(share * reach, 6) for share in SHARES),
+        thresholds=tuple(sorted(thresholds)),
     )
+
+
+def _drawn_once(promise: DPPlan) -> float:
+    """The score half-way between a canary that was never drawn and one that was drawn once, if nothing were noised.
+
+    Where noise is missing it tells every canary that was ever drawn from the absent ones, also where few were.
+    """
+    never, step = 0.0, np.inf
+    for stage in promise.training_stages:
+        absent, drawn = score(np.array([[0.0, 1.0]]), stage)
+        never, step = never + stage.steps * stage.rounds * float(absent), min(step, float(drawn - absent))
+    return never + step / 2
 
 
 # --- coins ------------------------------------------------------------------------------------------------------------

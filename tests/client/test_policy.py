@@ -73,6 +73,7 @@ def test_the_surface_is_frozen() -> None:
             "bad_record",
             "coordinator_key",
             "deterministic_noise",
+            "max_canaries",
             "min_contributors",
             "officer_key",
             "peers",

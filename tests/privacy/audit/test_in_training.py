@@ -130,9 +130,14 @@ def test_sound_training_is_never_refuted_and_something_is_seen() -> None:
     assert np.median([one.f_dp for one in found]) > np.median([one.one_run for one in found])
 
 
-@pytest.mark.parametrize(("epsilon", "noise"), [(1.0, 0.01), (4.0, 0.01), (1.0, 0.3)])
-def test_noise_that_is_too_small_is_refuted(epsilon: float, noise: float) -> None:
-    assert all(play(promise(epsilon, spare_rounds=0), 1000, seed, noise).refuted for seed in range(3))
+@pytest.mark.parametrize(
+    ("epsilon", "steps", "rate", "noise"),
+    [(1.0, 6, 0.3, 0.01), (8.0, 12, 0.15, 0.01), (8.0, 2, 0.15, 0.01), (1.0, 6, 0.3, 0.3)],
+)
+def test_noise_that_is_too_small_is_refuted(epsilon: float, steps: int, rate: float, noise: float) -> None:
+    """Also at epsilon 8 after four steps, in which half of the enrolled canaries were never drawn."""
+    plan = promise(epsilon, steps=steps, sampling_rate=rate, spare_rounds=0)
+    assert all(play(plan, 1000, seed, noise).refuted for seed in range(3))
 
 
 def test_scores_that_know_nothing_raise_a_bound_no_more_often_than_the_level_says() -> None:
