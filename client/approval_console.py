@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from client import policy, site_log
 from client.approvals import make_approver_key, missing, signatures
 from client.peers import Pin, pins
-from client.plan_reading import before, changes, find, groups, outside, steps
+from client.plan_reading import before, changes, find, groups, made_up, outside, steps
 from client.site import SiteConfig
 from privacy.book import Head
 from privacy.boundary.plan import StudyPlan
@@ -147,6 +147,8 @@ def _print_steps(console: Console, config: SiteConfig, plan: StudyPlan) -> None:
         sent = "\n".join(step.sends).replace("PLAIN", "[bold]PLAIN[/]")
         table.add_row(step.name, escape(step.reads), step.rounds, step.noise, sent)
     console.print(table)
+    if beside := made_up(plan):
+        console.print(f"{beside}; site.toml allows {config.policy.max_canaries}.")
 
 
 def _print_outside(console: Console, config: SiteConfig, plan: StudyPlan) -> None:

@@ -105,6 +105,17 @@ def groups(plan: StudyPlan, stage: str) -> tuple[str, ...]:
         return ()
 
 
+def made_up(plan: StudyPlan) -> str:
+    """What goes through training beside the patients, to try the promise; empty where nothing does."""
+    if plan.audit.canaries is None:
+        return ""
+    return (
+        f"{plan.audit.canaries.per_site} made-up patients go through training in coordinates of their own: they read no "
+        "record, change no weight and cost no budget. Your site tosses a secret coin for each, and shows coins and scores, "
+        "which are made of coins and noise alone, when training is over"
+    )
+
+
 def outside(plan: StudyPlan, site: str) -> tuple[str, ...]:
     """What is asked of real patients without noise, which no epsilon covers."""
     if not plan.audit.attacks or not plan.audit.cap:

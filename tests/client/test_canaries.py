@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from client import canaries
+from client.plan_reading import made_up
 from client.policy import SiteConfig
 from privacy.audit.in_training import Coins
 from privacy.boundary.messages import (
@@ -54,6 +55,7 @@ def trained(study: Any, **fields: Any) -> Any:
 def test_coins_are_drawn_once_kept_for_the_site_alone_and_differ_between_sites(study: Any) -> None:
     first, again, other = committed(study), committed(study), committed(study, OTHER)
     assert first == again != other
+    assert made_up(study.plan).startswith("1000 made-up patients")
     path = folder(study) / "coins.json"
     assert path.stat().st_mode & 0o777 == 0o600
     kept = [Coins.from_bytes((folder(study, s) / "coins.json").read_bytes(), study.plan.hash, s) for s in (SITE, OTHER)]
@@ -130,6 +132,7 @@ def without(study_plan: Callable[..., Any], study_edit: Callable[..., None], tmp
 def test_a_plan_without_canaries_has_none_to_show(without: Any, study_copy: Callable[..., Any], tmp_path: Path) -> None:
     study = study_copy(without, tmp_path / "none")
     assert study.plan.audit.canaries is None
+    assert made_up(study.plan) == ""
     assert committed(study) == ""
     assert study.send(SITE, asked(study)).code == "CANARIES"
 
