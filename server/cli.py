@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from server import audit_cli, doctor_cli, join_cli, recipes_cli, study_cli, superlink_cli
+from server import audit_cli, doctor_cli, join_cli, recipes_cli, release_cli, report_cli, study_cli, superlink_cli
 
 server_app = typer.Typer(
     name="server", help="At the coordinator: make it, enrol sites, run Flower's SuperLink.", no_args_is_help=True
@@ -19,43 +19,18 @@ study_cli.add(study_app)
 doctor_cli.add(server_app)
 recipes_cli.add(server_app)
 
-release = typer.Typer(name="release", help="Check a released bundle.", no_args_is_help=True)
-audit = typer.Typer(name="audit", help="Attack a synthetic table; read what attacks found.", no_args_is_help=True)
+release = typer.Typer(
+    name="release", help="Build, sign, verify and revoke a release bundle.", no_args_is_help=True
+)
+release_cli.add(release)
+audit = typer.Typer(name="audit", help="Attack synthetic tables and images; read what attacks found.", no_args_is_help=True)
 audit_cli.add(audit)
-
-
-@release.callback()
-def _release() -> None:
-    """Check a released bundle."""
+report_cli.add(audit)
 
 
 @audit.callback()
 def _audit() -> None:
-    """Attack a synthetic table; read what attacks found."""
-
-
-@release.command("verify")
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="The bundle folder.", exists=True, file_okay=False)],
-    key: Annotated[
-        Path, typer.Option(help="The coordinator's public key, one line of hex.", exists=True, dir_okay=False)
-    ],
-) -> None:
-    """Check every byte of a bundle against its signed manifest, offline. Exit code 1 on any doubt."""
-    from server.console import print_verification
-
-    raise typer.Exit(print_verification(bundle, key))
-
-
-@audit.command("report")
-def report(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a report.json.", exists=True)],
-    out: Annotated[Path | None, typer.Option(help="Where to write the HTML; beside the JSON by default.")] = None,
-) -> None:
-    """Print the verdict and its reasons, and render the report as one self-contained HTML file."""
-    from server.console import print_report
-
-    raise typer.Exit(print_report(run, out))
+    """Attack synthetic tables and images; read what attacks found."""
 
 
 def sample(

@@ -91,9 +91,14 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "study resume": ("run", "--coordinator", "--approval-wait"),
     "study status": ("run", "--coordinator"),
     "study stop": ("run", "--coordinator"),
-    "release verify": ("bundle", "--key"),
-    "audit report": ("run", "--out"),
-    "audit run": ("--members", "--holdout", "--synthetic", "--out", "--reference", "--policy", "--kinds", "--seed"),
+    "release build": ("run", "--out"),
+    "release sign": ("bundle", "--key", "--role", "--name", "--reason", "--until"),
+    "release verify": ("bundle", "--key", "--revocations", "--required", "--candidate"),
+    "release revoke": ("bundle", "--key", "--reason", "--out"),
+    "audit report": ("run", "--out", "--pdf", "--template"),
+    "audit run": (
+        "--members", "--holdout", "--synthetic", "--out", "--reference", "--table", "--policy", "--kinds", "--seed",
+    ),  # fmt: skip
 }
 
 

@@ -125,8 +125,9 @@ class _Judged:
         return Fact(name=name, question=question, status=status, sentence=sentence, sources=sources[:6])
 
 
-def _named(subjects: Collection[str]) -> Callable[[Finding], bool]:
-    return lambda finding: finding.subject in subjects
+def _named(attacks: Collection[str]) -> Callable[[Finding], bool]:
+    """Findings on these attacks, jointly or by slot."""
+    return lambda finding: finding.subject.split(", ")[0] in attacks
 
 
 def _about(risk: str) -> Callable[[Finding], bool]:
@@ -302,7 +303,7 @@ def _about_attacks(evidence: Evidence, judged: _Judged) -> Iterator[Fact]:
         ("transcript", "round transcript", "with everything that the coordinator received"),
     )
     for name, access, words in held:
-        mine = {attack.label for attack in evidence.attacks if attack.access == access and attack.kind != "copies"}
+        mine = {attack.name for attack in evidence.attacks if attack.access == access and attack.kind != "copies"}
         yield judged.fact(name, f"Can anybody tell who took part, {words}?", ("G3 membership",),
                           f"Not measured: no attack {words} was run.", _named(mine),
                           ("/derived/attacks",))  # fmt: skip

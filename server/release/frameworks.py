@@ -56,7 +56,7 @@ GDPR = Framework(
     "gdpr",
     "GDPR, anonymity of the released data",
     "Regulation (EU) 2016/679, recital 26; Article 29 Working Party, Opinion 05/2014 on anonymisation techniques (WP216)",
-    "Whether data are anonymous is decided by all means reasonably likely to be used, which no list of attacks exhausts.",
+    "Anonymity is judged against all means reasonably likely to be used, which no list of attacks exhausts.",
     (
         Heading("The data and their purpose", "What leaves, from whose data, for what.",
                 ("released", "use", "public", "unit",

@@ -7,7 +7,10 @@ and identifier come from the report, not from the clock. Nothing is fetched; an 
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 VARIANT: Literal["pdf/a-3a"] = "pdf/a-3a"
@@ -22,6 +25,7 @@ def render_pdf(html: str) -> bytes:
 
     Raises:
         PdfUnavailable: WeasyPrint or a library that it needs is not installed.
+        ValueError: something in the page could not be drawn.
     """
     try:
         with warnings.catch_warnings():
@@ -38,7 +42,32 @@ def render_pdf(html: str) -> bytes:
             "libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0; macOS: brew install pango), or print report.html "
             f"from a browser. Seen: {str(error)[:160]}"
         ) from error
-    body: bytes = weasyprint.HTML(string=html, url_fetcher=URLFetcher(allowed_protocols=("data",))).write_pdf(
-        pdf_identifier=hashlib.sha256(html.encode()).digest()[:16], pdf_variant=VARIANT, pdf_tags=True
-    )
+    page = weasyprint.HTML(string=html, url_fetcher=URLFetcher(allowed_protocols=("data",)))
+    with _nothing_lost(logging.getLogger("weasyprint")), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its colour profile to the garbage collector
+        body: bytes = page.write_pdf(
+            pdf_identifier=hashlib.sha256(html.encode()).digest()[:16], pdf_variant=VARIANT, pdf_tags=True
+        )
     return body
+
+
+@contextmanager
+def _nothing_lost(log: logging.Logger) -> Iterator[None]:
+    """WeasyPrint logs what it leaves out. Styles for screens may be; a picture that it cannot draw may not."""
+    lost: list[str] = []
+
+    class _Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.ERROR:
+                lost.append(record.getMessage())
+
+    before, handlers, passes = log.level, list(log.handlers), log.propagate
+    log.handlers, log.propagate = [_Collect()], False
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.handlers, log.propagate = handlers, passes
+        log.setLevel(before)
+    if lost:
+        raise ValueError(f"the page could not be drawn whole: {lost[0][:160]}")
