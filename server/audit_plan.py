@@ -79,7 +79,7 @@ def _risks(schema: Schema, images: tuple[str, ...]) -> tuple[PlannedRisk, ...]:
     for slot, title in ((None, "halves of the row"), *((slot, f"{slot} to row") for slot in images)):
         found += [
             PlannedRisk(
-                risk="linkability", attack=f"{title}, {k} nearest".replace(",", ""), slot=slot, neighbours=k,
+                risk="linkability", attack=f"{title}, {k} nearest", slot=slot, neighbours=k,
                 main=slot is None and k == LINKED_NEIGHBOURS[0],
             )
             for k in LINKED_NEIGHBOURS

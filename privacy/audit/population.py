@@ -27,7 +27,7 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from privacy.audit.mixed import Columns, Floats
+from privacy.audit.mixed import Columns, Floats, Kind
 from privacy.boundary.plan import JOINT
 
 Features = Mapping[str, Floats]
@@ -109,12 +109,15 @@ class Lens:
             known = population.reference[slot][there(population.reference[slot])]
             middle[slot] = known.mean(axis=0) if len(known) else np.zeros(len(columns.names))
             _, size, rows = np.linalg.svd(known - middle[slot], full_matrices=False)
-            directions[slot] = rows[: int((size[:COMPONENTS] > 1e-9).sum())].T
+            kept = rows[: int((size[:COMPONENTS] > 1e-9).sum())].T
+            # a slot that no public patient has is seen through one number, which says who has it
+            directions[slot] = kept if kept.shape[1] else np.eye(len(columns.names), 1)
         return cls(population, middle, directions)
 
     def columns(self, scope: str) -> Columns:
         """Columns of a view."""
-        names, kinds = [], []
+        names: list[str] = []
+        kinds: list[Kind] = []
         for slot in self._slots(scope):
             own = self.population.columns[slot]
             if slot in self.directions:
@@ -123,7 +126,7 @@ class Lens:
             else:
                 names += [f"{slot}/{name}" for name in own.names]
                 kinds += list(own.kinds)
-        return Columns(tuple(names), tuple(kinds))  # type: ignore[arg-type]
+        return Columns(tuple(names), tuple(kinds))
 
     def view(self, scope: str, features: Features) -> Floats:
         """(P, C): the patients as an attack on this scope sees them."""

@@ -33,7 +33,7 @@ Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Exchange = Literal["masked", "plain", "frozen"]
-GroupLabel = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.+-]{0,63}$")]
+Words = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9@][A-Za-z0-9 ._@+=:%(),<>|/&*'-]{0,79}$")]
 JOINT = "joint"
 
 
@@ -186,7 +186,7 @@ class PlannedRisk(_Public):
     """
 
     risk: Literal["singling out", "linkability", "inference"]
-    attack: GroupLabel
+    attack: Words
     main: bool = False
     slot: Label | None = None
     secret: str = ""
@@ -196,15 +196,16 @@ class PlannedRisk(_Public):
 class PatientGroup(_Public):
     """Patients by one column of the table: a level of it, or a band ``low <= value < high`` in the column's unit."""
 
-    column: Label
+    column: Words
     level: str = ""
     low: Finite | None = None
     high: Finite | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if bool(self.level) == (self.low is not None and self.high is not None):
-            raise ValueError(f"group of {self.column}: expected a level, or low and high")
+        bands = [edge for edge in (self.low, self.high) if edge is not None]
+        if len(bands) != (0 if self.level else 2) or bands != sorted(set(bands)):
+            raise ValueError(f"group of {self.column}: expected a level, or low < high")
         return self
 
     @property

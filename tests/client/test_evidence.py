@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client import evidence
+from client import annex, evidence
+from client.enrolment import load_keys
 from client.policy import SiteConfig
+from client.records.standing import purge_caches
 from client.rounds import read_records
+from client.scoring import Attacked
 from client.sitemodel import model_of
 from medgen_models.schema import PatientBatch
-from privacy.audit.message import PAIRS, unpack, vector_length
+from privacy.audit.attacks import counts_at
+from privacy.audit.message import PAIRS, pack, unpack, vector_length
 from privacy.audit.parts import split
 from privacy.boundary.messages import MaskedAnswer, PartPut, UnmaskAnswer
+from privacy.boundary.plan import PatientGroup
 
 SITE = "alder-university"
 
@@ -106,20 +111,108 @@ def test_members_and_held_out_patients_are_different_people(asked: dict[str, Any
     assert len(records.held_out) == asked["config"].site.declared_held_out
 
 
-def test_a_planted_copy_is_found_and_a_null_patient_never_is(asked: dict[str, Any]) -> None:
-    model, records, schema = asked["model"], asked["records"], asked["model"].schema
-    null = PatientBatch.empty(schema, 2)
+def attacked(
+    asked: dict[str, Any], plan: Any, member: PatientBatch, held_out: PatientBatch, cohort: PatientBatch
+) -> Any:
+    lens = evidence.lens_of(asked["config"], plan, asked["model"])
+    return Attacked(asked["model"], lens, member, held_out, cohort, draws=2)
+
+
+def test_a_planted_copy_is_found_and_a_null_patient_never_is(audited: Any, asked: dict[str, Any]) -> None:
+    model, records, plan = asked["model"], asked["records"], audited.plan
+    null = PatientBatch.empty(model.schema, 2)
     everyone = PatientBatch.concat([records.members, null])
-    scores = evidence.score_all(model, everyone, records.held_out, records.members.select([0, 1]), draws=4)
-    assert set(scores) == {"loss", "loss-ratio", "nearest-neighbour", "copies", "blind"}
+    found = attacked(asked, plan, everyone, records.held_out, records.members.select([0, 1]))
+    scores = {attack.label: found.sides(attack) for attack in plan.audit.attacks}
     copies = scores["copies"]
     np.testing.assert_array_equal(copies.member[:2], [1.0, 1.0])
     assert copies.held_out.max() == 0.0
-    assert np.isnan(scores["loss"].member[-2:]).all()
-    assert np.isfinite(scores["loss"].member[:-2]).all()
+    assert not (copies.member[-2:] > 0.5).any()
+    for label, sides in scores.items():  # a null patient has no score that could be a hit, whatever the attack
+        assert label == "blind" or counts_at(sides.member[-2:], (-1e9,)) == (0,) or label.startswith("copies"), label
     nearest = scores["nearest-neighbour"].member
     assert nearest[:2].min() > nearest[2:-2].max()
-    assert not (copies.member[-2:] > 0.5).any()
+    ratio = scores["nearest-ratio"].member
+    assert ratio[:2].min() > ratio[2:-2].max()
+    assert np.isfinite(scores["loss"].member[:-2]).all()
+
+
+def test_slots_that_a_site_does_not_own_have_no_hits(audited: Any, asked: dict[str, Any]) -> None:
+    counts = unpack(audited.plan.audit, asked["vector"])
+    foreign = [a for a in audited.plan.audit.attacks if a.scope not in ("joint", *audited.plan.roster[SITE].slots)]
+    for attack in foreign:
+        assert max(counts["hits", attack.label, "", "member"] + counts["hits", attack.label, "", "held-out"]) == 0
+
+
+def test_a_small_group_sends_neither_trials_nor_hits(audited: Any, asked: dict[str, Any]) -> None:
+    """Ten patients, two of them held out: every group has fewer than four, so all of it is zeros."""
+    counts = unpack(audited.plan.audit, asked["vector"])
+    assert audited.plan.audit.fewest == 4
+    for group in audited.plan.audit.groups:
+        own = [numbers for (part, _, name, _), numbers in counts.items() if name == group.name]
+        assert own
+        assert max(max(numbers) for numbers in own) == 0
+
+
+def test_a_group_is_who_has_the_level_or_lies_in_the_band(asked: dict[str, Any]) -> None:
+    schema, members = asked["model"].schema, asked["records"].members
+    bands = [PatientGroup(column="age_years", low=low, high=low + 10.0) for low in range(0, 130, 10)]
+    inside = np.stack([evidence.in_group(schema, members, band) for band in bands])
+    assert (inside.sum(axis=0) <= 1).all()  # nobody is in two decades
+    assert inside.any()
+    levels = [PatientGroup(column="outcome", level=level) for level in ("no", "yes", "never heard of")]
+    assert not evidence.in_group(schema, members, levels[-1]).any()
+    assert not evidence.in_group(schema, members, PatientGroup(column="shoe size", level="41")).any()
+    assert not evidence.in_group(schema, PatientBatch.empty(schema, 3), bands[4]).any()
+
+
+def test_fewer_patients_than_trials_miss(audited: Any, asked: dict[str, Any]) -> None:
+    """With nobody there the vector keeps its length and holds no hit; trials stay the plan's."""
+    audit, nobody = audited.plan.audit, asked["records"].members.select([])
+    found = attacked(asked, audited.plan, nobody, nobody, asked["cohort"])
+    scores = {attack.label: found.sides(attack) for attack in audit.attacks}
+    counts = {
+        **evidence.hits(audit, scores, b"k" * 32),
+        **evidence.risks(audit, found),
+        **evidence.groups(audit, found, scores, 2),
+        PAIRS: (0,),
+    }
+    assert pack(audit, counts).sum() == 0
+
+
+def test_dealt_labels_keep_the_number_of_hits(audited: Any, asked: dict[str, Any]) -> None:
+    audit, counts = audited.plan.audit, unpack(audited.plan.audit, asked["vector"])
+    dealt = [key for key in counts if key[0] == "null" and key[3] == "member"]
+    assert dealt
+    for _, label, _, _ in dealt:
+        real, null = (
+            np.add(counts[part, label, "", "member"], counts[part, label, "", "held-out"]) for part in ("hits", "null")
+        )
+        np.testing.assert_array_equal(real, null)
+    assert audit.attacks
+
+
+def test_the_annex_stays_sealed_at_the_site_and_goes_with_a_withdrawal(
+    study_finished: Any, study_copy: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = study_copy(study_finished, tmp_path / "annex")
+    site, config = study.site(SITE), SiteConfig.load(study.site(SITE))
+    path = annex.annex_path(site, study.plan.hash)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    secret = load_keys(config.folder).cache.secret_bytes()
+    found = annex.read(site, study.plan.hash, secret)
+    assert set(found.attacks) == {attack.label for attack in study.plan.audit.attacks}
+    assert len(found.members) == config.site.declared_held_out
+    assert found.pairs == tuple(
+        sorted(found.pairs, key=lambda p: ([q.scope for q in found.pairs].index(p.scope), p.distance))
+    )
+    assert not any(name.encode() in path.read_bytes() for name in found.members)
+    with pytest.raises(ValueError, match="no annex"):
+        annex.read(site, study.plan.hash, b"k" * 32)
+    purge_caches(site)
+    with pytest.raises(ValueError, match="withdrawal purged it"):
+        annex.read(site, study.plan.hash, secret)
 
 
 def test_without_both_outcomes_a_site_says_neither_way(asked: dict[str, Any]) -> None:
@@ -192,12 +285,14 @@ def test_one_audit_of_a_plan_is_opened_and_no_second_is_answered(audited: Any) -
     assert audited.ledger(SITE).uncovered == before
 
 
-def test_a_site_with_null_patients_only_is_audited_too(asked: dict[str, Any]) -> None:
+def test_a_site_with_null_patients_only_is_audited_too(audited: Any, asked: dict[str, Any]) -> None:
     """Nobody is a hit and nobody is missing: where there is no record, and where there is no patient."""
     for ids in (("a", "b", "c"), ()):
         null = PatientBatch.empty(asked["model"].schema, len(ids), ids)
-        scores = evidence.score_all(asked["model"], null, null, asked["cohort"], 1)
-        for name, sides in scores.items():
-            assert len(sides.member) == len(sides.held_out) == len(ids), name
-            assert sum(evidence.counts_at(sides.member, (0.5,))) == 0, name
+        found = attacked(asked, audited.plan, null, null, asked["cohort"])
+        for attack in audited.plan.audit.attacks:
+            sides = found.sides(attack)
+            assert len(sides.member) == len(sides.held_out) == len(ids), attack.label
+            assert counts_at(sides.member, (0.5,)) == (0,), attack.label
+        assert all(sum(numbers) == 0 for numbers in evidence.risks(audited.plan.audit, found).values())
         assert evidence.concordant_pairs(asked["model"], asked["cohort"], null, 10) == 5

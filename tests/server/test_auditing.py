@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.auditing import ABOUT, attack_cohort, decode, times_asked, vector_length
+from privacy.audit.message import WORST, places, unpack, vector_length, worst_of
+from server.auditing import ABOUT, attack_cohort, decode, times_asked
 from server.publishing import outcome_of
 
 
@@ -20,41 +21,67 @@ def final(study: Any) -> dict[str, Any]:
 
 
 def test_every_attack_of_a_plan_has_its_words(study_prepared: Any) -> None:
-    assert set(ABOUT) == {attack.name for attack in study_prepared.plan.audit.attacks}
+    trained = {"reconstruction"}  # only where codecs are trained
+    assert set(ABOUT) - trained == {attack.name for attack in study_prepared.plan.audit.attacks}
+
+
+def counted(plan: Any, hits: int, trials: int) -> np.ndarray[Any, Any]:
+    """A sum in which every count is ``hits`` and every group has ``trials``."""
+    return np.concatenate(
+        [np.full(size, trials if key[0] == "trials" else hits, float) for key, size in places(plan.audit)]
+    )
 
 
 def test_the_vector_is_read_in_the_order_of_the_plan(study_prepared: Any) -> None:
     plan, sites = study_prepared.plan, ("alder-university", "birch-memory", "elm-chest")
-    plan = plan.model_copy(update={"audit": plan.audit.model_copy(update={"pairs": 500})})
-    values = np.arange(vector_length(plan), dtype=np.float64)
+    values = counted(plan, 3, 12)
     result = decode(plan, values, sites, "outcome")
-    start = 0
+    named = unpack(plan.audit, values)
     for attack, planned in zip(result.attacks, plan.audit.attacks, strict=True):
-        size = len(planned.thresholds)
-        assert (attack.name, attack.thresholds) == (planned.name, planned.thresholds)
-        assert attack.hits_member == tuple(range(start, start + size))
-        assert attack.hits_held_out == tuple(range(start + size, start + 2 * size))
-        assert attack.trials_member == attack.trials_held_out == 6  # two declared held-out patients at each of three
+        assert (attack.name, attack.scope, attack.thresholds) == (planned.name, planned.scope, planned.thresholds)
+        assert attack.hits_member == named["hits", planned.label, "", "member"]
+        owners = [site for site in sites if planned.scope in ("joint", *plan.roster[site].slots)]
+        # two declared held-out patients at each site that owns the slot
+        assert attack.trials_member == attack.trials_held_out == 2 * len(owners)
         assert attack.masked
-        start += 2 * size
+        assert attack.sites == tuple(owners)
+    assert {risk.label for risk in result.risks} == {f"{risk.risk}, {risk.attack}" for risk in plan.audit.risks}
+    assert {group.name for group in result.subgroups} == {WORST, *(group.name for group in plan.audit.groups)}
     assert result.utility is not None
-    assert (result.utility.concordant, result.utility.pairs) == (start, 3 * plan.audit.pairs)
-    assert start + 1 == len(values)
-    assert {attack.name: attack.kind for attack in result.attacks} == {
-        "loss": "membership",
-        "loss-ratio": "membership",
-        "nearest-neighbour": "diagnostic",
-        "copies": "copies",
-        "blind": "membership",
+    assert (result.utility.concordant, result.utility.pairs) == (3, 3 * plan.audit.pairs)
+    assert {attack.name for attack in result.attacks if attack.kind == "diagnostic"} == {
+        "nearest-neighbour",
+        "recognition",
     }
+    assert {attack.name for attack in result.attacks if attack.kind == "copies"} == {"copies", "image-copies"}
+
+
+def test_groups_are_suppressed_by_trials_and_never_by_hits(study_prepared: Any) -> None:
+    plan, sites = study_prepared.plan, tuple(study_prepared.plan.roster)
+    assert plan.audit.groups
+    for hits in (0, 5):
+        shown = {group.name: group for group in decode(plan, counted(plan, hits, 11), sites, "").subgroups}
+        assert not any(shown[group.name].suppressed for group in plan.audit.groups)
+        hidden = {group.name: group for group in decode(plan, counted(plan, hits, 10), sites, "").subgroups}
+        assert all(hidden[group.name].suppressed for group in plan.audit.groups)
+        assert all(group.attacks == () and group.trials_member is None for group in hidden.values() if group.suppressed)
+        # four sites of two held-out patients: one of each is the worst tenth, four in all
+        assert 4 * worst_of(2) == 4 < 11
+        assert shown[WORST].suppressed
 
 
 def test_trials_are_public_numbers_of_the_plan(study_prepared: Any) -> None:
     plan = study_prepared.plan
     fixed = plan.model_copy(update={"audit": plan.audit.model_copy(update={"trials": 5})})
-    result = decode(fixed, np.zeros(vector_length(fixed)), ("alder-university", "elm-chest"), "")
-    assert {attack.trials_member for attack in result.attacks} == {10}
+    result = decode(fixed, np.zeros(vector_length(fixed.audit)), ("alder-university", "elm-chest"), "")
+    assert {attack.trials_member for attack in result.attacks if attack.scope == "joint"} == {10}
     assert result.utility is None  # no outcome, no utility
+
+
+def test_sums_that_no_honest_sites_sent_are_no_result(study_prepared: Any) -> None:
+    plan, sites = study_prepared.plan, tuple(study_prepared.plan.roster)
+    assert decode(plan, np.full(vector_length(plan.audit), -1.0), sites, "outcome").attacks == ()
+    assert decode(plan, np.zeros(3), sites, "outcome").problem
 
 
 def test_the_finished_study_was_attacked_by_every_site(study_finished: Any, study_sites: tuple[str, ...]) -> None:
@@ -62,7 +89,7 @@ def test_the_finished_study_was_attacked_by_every_site(study_finished: Any, stud
     result = attack_cohort(session, (), {}, study_finished.folder.cohort, outcome_of(session.schema))
     assert (result.sites, result.asked, result.problem) == (study_sites, 1, "")
     for attack in result.attacks:
-        assert max(*attack.hits_member, *attack.hits_held_out) <= attack.trials_member == 8
+        assert max(*attack.hits_member, *attack.hits_held_out) <= attack.trials_member == 2 * len(attack.sites)
     assert result.utility is not None
     assert 0 <= result.utility.concordant <= result.utility.pairs == 4 * study_finished.plan.audit.pairs
     for site in study_sites:

@@ -9,9 +9,11 @@ import pytest
 
 from medgen_models.schema import Schema
 from privacy import accounting
+from privacy.audit.gates import GatePolicy
 from privacy.boundary.plan import Part, StudyPlan
 from privacy.plan import DPPlan
-from server.planning import LOSS_THRESHOLDS, RATIO_THRESHOLDS, PublicFacts, build_plan, dp_plan
+from server.audit_plan import LOSS_THRESHOLDS, RATIO_THRESHOLDS
+from server.planning import PublicFacts, build_plan, dp_plan
 from server.study import StudyConfig
 from simulations.phantoms import autoencoder_schema, demo_schema
 
@@ -149,7 +151,21 @@ def test_a_delta_that_is_large_for_a_hospital_is_refused_by_its_name(study_prepa
 def test_thresholds_were_fixed_before_anybody_looked(study_prepared: Any) -> None:
     """Changing one of these is a decision, not a slip: reports compare across studies."""
     audit = plan_of(study_prepared).audit
-    assert [attack.name for attack in audit.attacks] == ["loss", "loss-ratio", "nearest-neighbour", "copies", "blind"]
+    weights = ["loss", "loss-ratio", "loss-grid", "sima", "pia", "secmi"]
+    cohort = ["domias", "gen-lra", "classifier", "nearest-ratio"]
+    files = ["nearest-neighbour", "copies", "image-copies", "recognition", "blind"]
+    assert list(dict.fromkeys(attack.name for attack in audit.attacks)) == weights + files  # without public patients
+    assert not audit.risks
+    whole = study_prepared.plan.audit
+    assert list(dict.fromkeys(attack.name for attack in whole.attacks)) == weights + cohort + files
+    assert {attack.scope for attack in whole.attacks if attack.name == "domias"} == {"joint", "mri", "pet", "ehr", "vitals"}
+    assert {attack.scope for attack in whole.attacks if attack.name == "recognition"} == {"mri", "pet"}
+    assert [risk.attack for risk in whole.risks if risk.main] == [
+        "multivariate predicates", "halves of the row, 1 nearest", "outcome",
+    ]  # fmt: skip
+    assert {risk.slot for risk in whole.risks if risk.risk == "linkability"} == {None, "mri", "pet"}
+    assert [group.name for group in whole.groups][:3] == ["age_years 18 to 40", "age_years 40 to 65", "age_years 65 to 101"]
+    assert whole.policy == GatePolicy().model_dump(mode="json")
     assert audit.attacks[0].thresholds == LOSS_THRESHOLDS
     assert (len(LOSS_THRESHOLDS), LOSS_THRESHOLDS[0], LOSS_THRESHOLDS[-1]) == (161, -8.0, 8.0)
     assert (len(RATIO_THRESHOLDS), RATIO_THRESHOLDS[0], RATIO_THRESHOLDS[-1]) == (161, -2.0, 2.0)
