@@ -136,13 +136,13 @@ class Judged:
     tpr: Interval
 
 
-def judge(member_P: Floats, held_out_P: Floats, public_Z: Floats) -> Judged:
+def judge(member_P: Floats, held_out_P: Floats, public_Z: Floats, confidence: float = 0.95) -> Judged:
     """Scores of members and held-out patients at thresholds from public patients."""
-    return judge_at(member_P, held_out_P, public_thresholds(public_Z, RATES))
+    return judge_at(member_P, held_out_P, public_thresholds(public_Z, RATES), confidence)
 
 
-def judge_at(member_P: Floats, held_out_P: Floats, thresholds: Sequence[float]) -> Judged:
-    """The same at thresholds that were fixed otherwise."""
+def judge_at(member_P: Floats, held_out_P: Floats, thresholds: Sequence[float], confidence: float = 0.95) -> Judged:
+    """The same at thresholds that were fixed otherwise; ``confidence`` is that of each bound."""
     sizes = len(member_P), len(held_out_P)
     counts = ThresholdCounts(
         tuple(thresholds), counts_at(member_P, thresholds), counts_at(held_out_P, thresholds), *sizes
@@ -150,10 +150,10 @@ def judge_at(member_P: Floats, held_out_P: Floats, thresholds: Sequence[float]) 
     tests = len(counts.thresholds)
     return Judged(
         counts,
-        best_epsilon_lower_bound(counts, DELTA),
-        power_ceiling(*sizes, DELTA, comparisons=tests),
-        best_gaussian_lower_bound(counts, DELTA),
-        gaussian_power_ceiling(*sizes, DELTA, comparisons=tests),
+        best_epsilon_lower_bound(counts, DELTA, confidence),
+        power_ceiling(*sizes, DELTA, confidence, tests),
+        best_gaussian_lower_bound(counts, DELTA, confidence),
+        gaussian_power_ceiling(*sizes, DELTA, confidence, tests),
         auc(counts),
         tpr_at_fpr(counts, 0.05),
     )

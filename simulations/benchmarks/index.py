@@ -21,6 +21,9 @@ READS_A_RUN: Mapping[str, str] = {
 STANDS_ALONE: Mapping[str, str] = {
     "accounting": "epsilon of fifty random schedules against an independent composition; time of a query",
     "audit-fixtures": "tables that fool audits: medgen beside Anonymeter and SDMetrics, whose environment is kept beside --json",
+    "audit-overfit": "real films: a model overfitted without privacy beside one at epsilon 8, and what attacks prove; --data",
+    "audit-power": "what audits would see: leak against epsilon, copied patients, false alarms against level",
+    "audit-twin": "the demo plan's twin with image canaries and random directions: what weights and transcript tell of them",
     "canaries": "how much of a promise 50,000 canaries an arm show: lower bounds on epsilon beside what was promised",
     "core-speed": "the smoke core: private and public training, sampling, and their growth with patients and tokens",
     "dp-step": "time and memory of a private step over a plain one, beside Opacus; scaling curves beside --json",
@@ -100,6 +103,19 @@ def _stand_alone(name: str, json: Path | None, rows: str, data: Path | None) -> 
             from simulations.benchmarks import audit_fixtures
 
             return audit_fixtures.run(json.with_name("audit-peers") if json is not None else None)
+        case "audit-overfit":
+            from simulations.benchmarks import audit_overfit
+
+            there = data is not None and data.is_dir()
+            return audit_overfit.run(data if there else None, json.with_suffix(".png") if json is not None else None)
+        case "audit-power":
+            from simulations.benchmarks import audit_power
+
+            return audit_power.run(json.with_suffix(".png") if json is not None else None)
+        case "audit-twin":
+            from simulations.benchmarks import audit_twin
+
+            return audit_twin.run()
         case "canaries":
             from simulations.benchmarks import canaries
 
