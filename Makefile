@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 # Idle threads sleep instead of spinning: two shared cores are the machine this is built for.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test lint types unit test-deploy accept-path accept-privacy accept-models accept-consortium accept-deployment clean install
+.PHONY: demo test lint types unit test-deploy accept-path accept-privacy accept-models accept-consortium accept-release accept-deployment clean install
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,9 @@ accept-models: install
 
 accept-consortium: install
 	$(BIN)/python tests/acceptance/consortium.py $(if $(LINES),--lines $(LINES)) $(if $(WORK),--work $(WORK))
+
+accept-release: install
+	$(BIN)/python tests/acceptance/release.py $(if $(LINES),--lines $(LINES)) $(if $(WORK),--work $(WORK))
 
 accept-deployment: install
 	$(BIN)/python tests/acceptance/deployment.py $(if $(WORK),--work $(WORK))
