@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -34,7 +35,7 @@ def print_report(run: Path, out: Path | None, pdf: bool, template: Template | No
         }
     except (OSError, ValueError) as error:
         console.print(f"[bold red]refused[/] {escape(str(source))}: no report that this version reads")
-        console.print(f"  {escape(str(error).splitlines()[0])}")
+        console.print(f"  {escape(_reason(error))}")
         return 1
     _print(report, console)
     target = out or source.with_suffix(".html")
@@ -46,6 +47,14 @@ def print_report(run: Path, out: Path | None, pdf: bool, template: Template | No
     except (OSError, ValueError) as error:
         console.print(f"[bold red]not written[/] {escape(str(error))}")
         return 1
+
+
+def _reason(error: Exception) -> str:
+    """Where the file departs from the schema, or what else was wrong."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"/{'/'.join(map(str, first['loc']))}: {first['msg']} ({error.error_count()} such places)"
+    return str(error)
 
 
 def _source(run: Path) -> Path:

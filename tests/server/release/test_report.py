@@ -21,6 +21,7 @@ from privacy.audit.tradeoff import tpr_cap, tpr_cap_gdp
 from privacy.plan import DPPlan, TrainingStage
 from privacy.trials import repeated
 from server.release.attack_evidence import AttackCounts
+from server.release.card import GATES
 from server.release.evidence import Evidence, Promise
 from server.release.figures import contact_sheet
 from server.release.render import render_html
@@ -110,6 +111,102 @@ def test_the_first_page_answers_the_four_questions(html: str) -> None:
     assert "ε 7.98 at δ 1e-5" in front
     assert "ε 7.28 of 7.98" in front
     assert "Not yet" in front
+
+
+def test_sections_stand_in_the_order_that_officers_ask_in(html: str) -> None:
+    order = ("verdict", "open", "released", "flow", "promise", "attacks", "risks", "copies", "subgroups", "validity")
+    order += ("usefulness", "deviations", "method")
+    places = [html.index(f'<section id="{name}"') for name in order]
+    assert places == sorted(places)
+    numbers = re.findall(r'<h2><span class="no">(\d+)</span>', html)
+    assert numbers == [str(n) for n in range(1, 13)]
+    linked = set(re.findall(r'<li><a href="#([a-z]+)">', html))
+    assert linked == set(order) - {"verdict", "open"}
+
+
+def test_the_first_page_has_every_rule_and_room_for_two_signatures(html: str) -> None:
+    front = html[: html.index('<section id="open"')]
+    for question in GATES.values():
+        assert front.count(question) == 1
+    assert "Data lead" in front
+    assert "Privacy officer" in front
+    assert ".front{break-after:page}" in html
+
+
+def test_everything_that_an_audit_measures_is_shown(audited_with_images: Case) -> None:
+    evidence, images = audited_with_images
+    report = build_report(evidence, POLICY)
+    html = render_html(report, images)
+    assert Page(html).open == []
+    text = re.sub(r"\s+", " ", Page(html).text)
+    for attack in evidence.attacks:
+        assert attack.label in text
+    for risk in evidence.risks:
+        assert f"{risk.hits_member} of {risk.trials_member}" in text
+        assert risk.knows in text
+    for site in evidence.training_audit.sites if evidence.training_audit else ():
+        assert site.commitment[:12] in text
+    assert "invalid: guessing without the cohort does as well" in text
+    assert "whatever was hit): pathology=sclerosis" in text
+    assert "G5 copies, cxr; G3 membership, flow loss" in text
+    assert "planted leak" in text
+    assert "null: membership dealt at random" in text
+    for threat in ("T1", "T2", "T3", "T4", "T5"):
+        assert threat in text
+    for words in ("PRV", "Poisson", "declared capacity", "cryptographic stream", "NOT COVERED"):
+        assert words in text
+
+
+def test_what_was_not_measured_is_on_hold_in_every_section() -> None:
+    html = render_html(build_report(Evidence(study="empty", created="2026-11-21"), POLICY), {})
+    for section in ("released", "flow", "promise", "attacks", "risks", "copies", "subgroups", "validity", "usefulness"):
+        body = html[html.index(f'<section id="{section}"') :].split("</section>")[0]
+        assert '<span class="badge hold">' in body, section
+        assert '<span class="badge pass">' not in body, section
+
+
+def test_hostile_words_stay_words(evidence_factory: Make) -> None:
+    """The types refuse most; what a label may hold is escaped."""
+    bad = "x\"'&<script>alert(1)</script>"
+    marginal = evidence_factory().marginals[0].model_copy(update={"labels": (bad, *("b",) * 4), "unit": "<b>"})
+    html = render_html(build_report(evidence_factory(marginals=(marginal,)), POLICY), {})
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    assert Page(html).open == []
+
+
+def test_a_reader_who_hears_the_page_finds_the_way(html: str) -> None:
+    page = Page(html)
+    names = [tag for tag, _ in page.tags]
+    assert (names.count("main"), names.count("header"), names.count("footer"), names.count("h1")) == (1, 1, 1, 1)
+    assert '<html lang="en">' in html
+    assert html.index('class="skip"') < html.index("<header")
+    assert names.count("table") == names.count("caption")
+    for tag, attributes in page.tags:
+        if tag == "th":
+            assert attributes.get("scope") in ("row", "col")
+        if tag in ("nav", "ol") and attributes.get("class") in ("toc", "flow"):
+            assert attributes.get("aria-label")
+    assert html.count('<svg class="icon"') == html.count('aria-hidden="true"')
+
+
+def test_contrast_is_at_least_that_of_wcag_aa(html: str) -> None:
+    colours = dict(re.findall(r"--([a-z]+):(#[0-9a-f]{6})", html))
+    for name in ("ink", "soft", "accent", "pass", "hold", "block", "info"):
+        for ground in ("#ffffff", colours["pale"]):
+            assert _contrast(colours[name], ground) >= 4.5, (name, ground)
+
+
+def _contrast(one: str, other: str) -> float:
+    """WCAG 2: (L1 + 0.05) / (L2 + 0.05) of the relative luminances."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
 
 
 def test_pictures_have_words(html: str) -> None:
