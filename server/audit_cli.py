@@ -1,4 +1,4 @@
-"""``medgen audit run``: the audit of a synthetic table that anybody made, from CSV files."""
+"""``medgen audit run``: the audit of a synthetic table, of images, or of both, that anybody made, from files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ def add(app: typer.Typer) -> None:
 
 
 def run(
-    members: Annotated[Path, typer.Option(help="Patients the generator was trained on.", exists=True, dir_okay=False)],
-    holdout: Annotated[
-        Path, typer.Option(help="Patients of the same population who never trained.", exists=True, dir_okay=False)
+    members: Annotated[
+        Path,
+        typer.Option(help="Patients the generator was trained on: a CSV file, or a folder of images.", exists=True),
     ],
-    synthetic: Annotated[Path, typer.Option(help="The synthetic table.", exists=True, dir_okay=False)],
+    holdout: Annotated[
+        Path, typer.Option(help="Patients of the same population who never trained, of the same kind.", exists=True)
+    ],
+    synthetic: Annotated[Path, typer.Option(help="The synthetic table or images.", exists=True)],
     out: Annotated[Path, typer.Option(help="Folder for audit.json; must not hold one yet.", file_okay=False)],
     reference: Annotated[
-        Path | None,
-        typer.Option(help="More rows of the population, in neither table.", exists=True, dir_okay=False),
+        Path | None, typer.Option(help="More of the population, in neither of the first two.", exists=True)
+    ] = None,
+    table: Annotated[
+        str | None, typer.Option(help="Name of a CSV or TSV file in each folder of images: audit both, and their link.")
     ] = None,
     policy: Annotated[
         Path | None,
@@ -38,11 +43,13 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all randomness.")] = 0,
 ) -> None:
-    """Attack a synthetic table and say whether it gives patients away: RELEASE, HOLD or BLOCK, with every reason.
+    """Attack synthetic data and say whether they give patients away: RELEASE, HOLD or BLOCK, with every reason.
 
-    CSV files with a header, one row per patient, the same columns in each. Nothing leaves this machine. Exit code 0 for
+    Tables are CSV files with a header, one row per patient, the same columns in each. Images are folders of NIfTI, PNG,
+    DICOM or NumPy files of one shape and kind, or an .npz archive; a patient may have several, and is named by
+    images.csv (file, participant_id), a BIDS path or the DICOM header. Nothing leaves this machine. Exit code 0 for
     RELEASE, 3 for HOLD, 4 for BLOCK, 1 where the input is refused.
     """
-    from server.audit_console import run_audit
+    from server.audit_console import Input, run_audit
 
-    raise typer.Exit(run_audit(members, holdout, synthetic, out, reference, policy, kinds, seed))
+    raise typer.Exit(run_audit(Input(members, holdout, synthetic, reference, table, kinds), out, policy, seed))

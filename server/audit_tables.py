@@ -1,4 +1,4 @@
-"""Tables of a standalone audit from CSV files: read strictly, kinds inferred and told, one set of level codes for all.
+"""Tables of a standalone audit from CSV or TSV files: read strictly, kinds inferred and told, one set of level codes for all.
 
 A file that is cut off, ragged, or has other columns than the rest is refused by name; nothing is padded or guessed away.
 """
@@ -89,6 +89,19 @@ def read_tables(
     return tables, said
 
 
+def read_ids(path: Path, kinds: Path | None = None) -> tuple[str, ...]:
+    """Identifiers of a table's rows.
+
+    Raises:
+        ValueError: there is no identifier column, or one repeats.
+    """
+    sheet, given = _read(path), _given(kinds)
+    ids = [name for name in sheet.header if _is_id(name, given)]
+    if len(ids) != 1:
+        raise ValueError(f"{path}: expected one column that names the patient, got {len(ids)}; call it participant_id")
+    return _ids(sheet, ids) or ()
+
+
 def _read(path: Path) -> _Sheet:
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -98,7 +111,8 @@ def _read(path: Path) -> _Sheet:
         raise ValueError(f"{path}: the file is empty; give a CSV file with a header")
     if not text.endswith(("\n", "\r")):
         raise ValueError(f"{path}: the last line has no end, so the file may be cut off; write it again whole")
-    lines = csv.reader(text.splitlines(keepends=True), strict=True)
+    separator = "\t" if path.suffix == ".tsv" else ","
+    lines = csv.reader(text.splitlines(keepends=True), strict=True, delimiter=separator)
     try:
         header = tuple(name.strip() for name in next(lines))
         if "" in header or len(set(header)) != len(header):

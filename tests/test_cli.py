@@ -97,8 +97,9 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "release revoke": ("bundle", "--key", "--reason", "--out"),
     "audit report": ("run", "--out", "--pdf", "--template"),
     "audit run": (
-        "--members", "--holdout", "--synthetic", "--out", "--reference", "--table", "--policy", "--kinds", "--seed",
-    ),  # fmt: skip
+        *("--members", "--holdout", "--synthetic", "--out", "--reference", "--table"),
+        *("--policy", "--kinds", "--seed"),
+    ),
 }
 
 

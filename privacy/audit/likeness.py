@@ -106,7 +106,7 @@ class Likeness:
             raise ValueError(f"expected 2-D or 3-D images of 8 pixels a side or more, got shape {reference.shape[1:]}")
         if len(reference) < 2:
             raise ValueError(f"expected two reference images or more, got {len(reference)}; give more of them")
-        step = math.ceil(max(reference.shape[1:]) / SIDE[reference.ndim - 1])
+        step = step_of(reference.shape[1:])
         work = _working(reference, step)
         if not work.any():
             raise ValueError("every reference image is the same everywhere; there is nothing to compare")
@@ -244,17 +244,28 @@ def _unit(features: Pixels, floor: float) -> Pixels:
     return np.asarray(features / np.maximum(np.maximum(sizes, floor), 1e-12), np.float32)
 
 
-def _working(images_N: npt.NDArray[np.generic], step: int) -> Pixels:
-    """Means of blocks of ``step`` pixels a side (the edge is repeated where it does not divide), then standardised."""
+def step_of(shape: tuple[int, ...]) -> int:
+    """Pixels per pixel of the working grid, for images of this shape."""
+    return math.ceil(max(shape) / SIDE[len(shape)])
+
+
+def reduced(images_N: npt.NDArray[np.generic], step: int) -> Pixels:
+    """Means of blocks of ``step`` pixels a side; the edge is repeated where it does not divide."""
     out = np.asarray(images_N, np.float32)
-    if not np.isfinite(out).all():
-        raise ValueError("an image holds a number that is not finite; correct it or leave it out")
     for axis in range(1, out.ndim) if step > 1 else ():
         short = -out.shape[axis] % step
         if short:
             out = np.pad(out, [(0, short if other == axis else 0) for other in range(out.ndim)], mode="edge")
         out = out.reshape(*out.shape[:axis], -1, step, *out.shape[axis + 1 :]).mean(axis=axis + 1)
-    return _standard(out)
+    return out
+
+
+def _working(images_N: npt.NDArray[np.generic], step: int) -> Pixels:
+    """Reduced to the working grid and standardised."""
+    images = np.asarray(images_N, np.float32)
+    if not np.isfinite(images).all():
+        raise ValueError("an image holds a number that is not finite; correct it or leave it out")
+    return _standard(reduced(images, step))
 
 
 def _standard(images_N: Pixels) -> Pixels:
