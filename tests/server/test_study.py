@@ -21,7 +21,7 @@ KEYS = {
         "group", "lora_rank", "rounds", "steps", "spare_rounds", "sampling_rate", "learning_rate", "clip", "draws", "average",
     },
     "release": {"patients", "steps", "guidance"},
-    "audit": {"enabled", "draws", "pairs", "cap"},
+    "audit": {"enabled", "draws", "pairs", "cap", "canaries", "groups"},
     "execution": {"deadline_s", "deterministic"},
 }  # fmt: skip
 
