@@ -23,7 +23,7 @@ def test_directions_are_uniform_on_the_sphere() -> None:
 @pytest.mark.parametrize("size", [10, 2000])
 def test_the_cosine_of_an_absent_direction_has_variance_one_over_the_dimension(size: int) -> None:
     rng = np.random.default_rng(2)
-    update = rng.standard_normal((1, size), np.float32) * np.arange(1, size + 1, dtype=np.float32)  # any shape at all
+    update = (rng.standard_normal((1, size)) * np.arange(1, size + 1)).astype(np.float32)  # any shape at all
     cosines = scores(directions(4000, size, rng), update) / math.sqrt(size)
     assert cosines.mean() == pytest.approx(0, abs=4 / math.sqrt(4000 * size))
     assert cosines.var() == pytest.approx(1 / size, rel=0.1)
