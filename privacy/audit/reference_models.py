@@ -231,28 +231,32 @@ def fitted_offline_a(reference: Reference, reference_ZK: npt.ArrayLike) -> float
     pair). The mean AUC over models decides, ties for the smallest.
 
     Raises:
-        ValueError: fewer than two models, or a model that was trained on all or none of the patients.
+        ValueError: no model can play the target: there are fewer than two, or their training sets do not differ.
     """
     public_K = np.asarray(reference_ZK, np.float64)
     models = reference.signal_PK.shape[1]
-    if models < 2:
-        raise ValueError(f"rmia: fitting offline_a needs two reference models or more, got {models}; take 1")
-    quality = []
-    for a in _GRID:
-        total = 0.0
-        for k in range(models):
-            others = [j for j in range(models) if j != k]
-            usable = ~reference.trained_PK[:, others].all(axis=1) & np.isfinite(reference.signal_PK).all(axis=1)
-            rest = Reference(reference.signal_PK[usable][:, others], reference.trained_PK[usable][:, others])
+    quality = np.zeros(len(_GRID))
+    played = 0
+    for k in range(models if models > 1 else 0):
+        others = [j for j in range(models) if j != k]
+        usable = ~reference.trained_PK[:, others].all(axis=1) & np.isfinite(reference.signal_PK).all(axis=1)
+        rest = Reference(reference.signal_PK[usable][:, others], reference.trained_PK[usable][:, others])
+        member = reference.trained_PK[usable, k]
+        if member.all() or not member.any():
+            continue
+        played += 1
+        for place, a in enumerate(_GRID):
             score = rmia_offline(reference.signal_PK[usable, k], rest, public_K[:, k], public_K[:, others], a)
-            total += _auc(score, reference.trained_PK[usable, k])
-        quality.append(total)
+            quality[place] += _auc(score, member)
+    if not played:
+        raise ValueError(
+            f"rmia: {models} reference models cannot stand in for the target, each with patients on both sides whom "
+            "another one was not trained on; train four on random halves, or take offline_a = 1"
+        )
     return _GRID[int(np.argmax(np.round(quality, 9)))]
 
 
 def _auc(score: Floats, member: Bools) -> float:
-    if member.all() or not member.any():
-        raise ValueError("rmia: a reference model was trained on all or none of the patients; give each a random half")
     ranks = stats.rankdata(score)
     inside = int(member.sum())
     return float((ranks[member].sum() - inside * (inside + 1) / 2) / (inside * (len(score) - inside)))

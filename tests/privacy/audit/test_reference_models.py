@@ -156,10 +156,9 @@ def test_offline_a_is_fitted_without_the_target() -> None:
     a = fitted_offline_a(reference, public)
     assert 0.0 <= a <= 1.0
     assert a == fitted_offline_a(reference, public)
-    with pytest.raises(ValueError, match="two reference models"):
-        fitted_offline_a(Reference.of([[0.0]]), public[:, :1])
-    with pytest.raises(ValueError, match="random half"):
-        fitted_offline_a(Reference.of(reference.signal_PK), public)
+    for useless in (Reference.of([[0.0]]), Reference.of([[0.0, 1.0]] * 2, [[True, False], [False, True]])):
+        with pytest.raises(ValueError, match="take offline_a = 1"):
+            fitted_offline_a(useless, public[:, : useless.signal_PK.shape[1]])
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
