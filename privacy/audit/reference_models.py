@@ -12,8 +12,9 @@ Covered
     - A network that learns from reference models what membership looks like in a grid of losses.
 
 Not covered
-    - Reference models trained on patients of the audit's held-out side: they would make the control group known.
-    - An attacker who trains better ones: with more of them all attacks here become stronger, never weaker.
+    - Who may train reference models: on private patients and without noise they are private themselves, and stay there.
+    - Reference models trained in another way (fewer steps, another size), or too few: what is found stays true, and less is
+      found. A better attacker may find more.
 
 Shape legend: P patients, K reference models, Z public patients, J signals.
 """

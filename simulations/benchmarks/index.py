@@ -23,6 +23,7 @@ STANDS_ALONE: Mapping[str, str] = {
     "audit-fixtures": "tables that fool audits: medgen beside Anonymeter and SDMetrics, whose environment is kept beside --json",
     "audit-overfit": "real films: a model overfitted without privacy beside one at epsilon 8, and what attacks prove; --data",
     "audit-power": "what audits would see: leak against epsilon, copied patients, false alarms against level",
+    "audit-scaling": "time and memory of a table's whole audit against its patients; curves beside --json",
     "audit-twin": "the demo plan's twin with image canaries and random directions: what weights and transcript tell of them",
     "canaries": "how much of a promise 50,000 canaries an arm show: lower bounds on epsilon beside what was promised",
     "core-speed": "the smoke core: private and public training, sampling, and their growth with patients and tokens",
@@ -92,7 +93,7 @@ def _stand_alone(name: str, json: Path | None, rows: str, data: Path | None) -> 
     """A benchmark that needs no run; each is imported only when it is asked for.
 
     ``json`` is where the result will be written: a long benchmark keeps what it needs to go on beside it. ``rows`` is
-    for those that have parts, ``data`` for the one with parts on real data.
+    for those that have parts, ``data`` for those with parts on real data.
     """
     match name:
         case "accounting":
@@ -112,6 +113,10 @@ def _stand_alone(name: str, json: Path | None, rows: str, data: Path | None) -> 
             from simulations.benchmarks import audit_power
 
             return audit_power.run(json.with_suffix(".png") if json is not None else None)
+        case "audit-scaling":
+            from simulations.benchmarks import audit_scaling
+
+            return audit_scaling.run(json.with_suffix(".png") if json is not None else None)
         case "audit-twin":
             from simulations.benchmarks import audit_twin
 
