@@ -13,11 +13,9 @@ from rich.markup import escape
 from privacy.chain import now_utc
 from privacy.identity import KEY_BYTES, IdentityKey, fingerprint
 from server.release import bundle, revocations
-from server.release.assembly import assemble
 from server.release.attestation import short_key
 from server.release.statements import ROLES, Approval, ReleaseStatement, Role
 from server.release.verifying import Trust, Verification, verify
-from server.runfolder import RunFolder
 
 ACCEPTED, REFUSED, OPEN = 0, 1, 3  # 2 is typer's: wrong words
 SHOWN = 50
@@ -25,6 +23,9 @@ SHOWN = 50
 
 def print_build(run: Path, out: Path | None) -> int:
     """Assemble a run's bundle."""
+    from server.release.assembly import PDF, assemble  # imports torch, which those who sign and verify do without
+    from server.runfolder import RunFolder
+
     console = Console(soft_wrap=True)
     folder = RunFolder(run)
     target = out or folder.bundle
@@ -34,6 +35,10 @@ def print_build(run: Path, out: Path | None) -> int:
         return _refused(console, error)
     console.print(f"[bold green]built[/] {_what(statement)}")
     console.print(f"bundle  {target}")
+    if PDF not in statement.files:
+        console.print(
+            "pdf     none: the study wants none, or WeasyPrint or Pango is not here (pip install 'medgen[pdf]')"
+        )
     console.print("sign    medgen release sign BUNDLE --key KEY --role privacy-officer --name … --reason … --until …")
     return ACCEPTED
 

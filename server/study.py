@@ -151,14 +151,14 @@ class ReleaseConfig(_Public):
     """The synthetic cohort.
 
     Attributes:
-        formats: what the bundle holds beside the cohort's own files (NIfTI, PNG, CSV, Parquet): ``dicom`` writes every image
-            once more, pixel for pixel.
+        formats: what the bundle holds beside the cohort's own files (NIfTI, PNG, CSV, Parquet) and the report's JSON and
+            HTML: ``dicom`` writes every image once more, pixel for pixel; ``pdf`` draws the report, where Pango is.
     """
 
     patients: int = Field(default=64, ge=1)
     steps: int = Field(default=20, ge=2, le=100)
     guidance: float = Field(default=2.0, ge=0)
-    formats: tuple[Literal["dicom"], ...] = ("dicom",)
+    formats: tuple[Literal["dicom", "pdf"], ...] = ("dicom", "pdf")
 
 
 class AuditConfig(_Public):

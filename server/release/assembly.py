@@ -7,6 +7,7 @@ it was attacked, makes no bundle.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Mapping
@@ -22,16 +23,24 @@ from server.events import EventLog
 from server.release import bundle, croissant, datasheet, dicom
 from server.release.evidence import Evidence
 from server.release.gate import decide
+from server.release.pdf import PdfUnavailable, render_pdf
 from server.release.statements import ReleaseStatement
 from server.runfolder import RunFolder
 from server.study import StudyConfig
 
-REPORTED = "reported"  # the event that holds the digest of the report
+REPORTED = "reported"  # the event that holds the digests of the report
+
+PDF = "report.pdf"
 
 
 def note_report(run: RunFolder, events: EventLog) -> None:
-    """Write the digest of the report into the run's events, so that a later change of the file is seen."""
-    events.write(REPORTED, sha256=hashlib.sha256(run.report_json.read_bytes()).hexdigest())
+    """Write the report's digests into the run's events, so that a later change of the files is seen."""
+    events.write(REPORTED, **_digests(run))
+
+
+def _digests(run: RunFolder) -> dict[str, str]:
+    paths = {"json": run.report_json, "html": run.report_html}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
 
 
 def assemble(run: RunFolder, out: Path) -> ReleaseStatement:
@@ -55,6 +64,10 @@ def assemble(run: RunFolder, out: Path) -> ReleaseStatement:
         raise ValueError(f"no whole run in {run.path} ({error}); name the folder of a finished run") from error
     if report["evidence"]["plan_sha256"] != plan.hash:
         raise ValueError("the report is not of this run's plan; take report and plan from one run")
+    if GatePolicy.model_validate(plan.audit.policy).digest != report["verdict"]["policy_sha256"]:
+        raise ValueError(
+            "the report was judged by another policy than the plan that the sites approved; report the run again"
+        )
     if not run.model.is_dir():
         raise ValueError(f"{run.model} is missing: the run was not finished, or by an older version; finish it first")
     partial = out.with_name(out.name + ".part")
@@ -63,6 +76,8 @@ def assemble(run: RunFolder, out: Path) -> ReleaseStatement:
         _copy(run, partial, report)
         if "dicom" in formats:
             dicom.export(partial / bundle.COHORT, partial / bundle.DICOM, _cohort_digest(report), version("medgen"))
+        if "pdf" in formats:
+            _draw_pdf(partial)
         datasheet.write(partial, report, version("medgen"))
         croissant.write(partial, report, version("medgen"))
         heads = {site: str(head) for site, head in Checkpoints(run.checkpoints).heads().items()}
@@ -77,13 +92,20 @@ def assemble(run: RunFolder, out: Path) -> ReleaseStatement:
 def _checked_report(run: RunFolder) -> dict[str, Any]:
     """The report of a run, if it is the one that the study wrote and says what its own evidence says."""
     report = bundle.read_report(run.report_json.parent)
-    noted = [event["sha256"] for event in EventLog(run.events).read() if event["kind"] == REPORTED]
-    digest = hashlib.sha256(run.report_json.read_bytes()).hexdigest()
-    if not noted or noted[-1] != digest:
+    noted = [event for event in EventLog(run.events).read() if event["kind"] == REPORTED]
+    if not noted:
         raise ValueError(
-            f"report.json has SHA-256 {digest[:16]}…, the study wrote {noted[-1][:16] if noted else 'none'}…; "
-            "the report was changed: take it from a backup"
+            f"{run.events.name} names no report: the run was not finished, or by an older version; finish it first"
         )
+    try:
+        digests = _digests(run)
+    except OSError as error:
+        raise ValueError(f"the report is not whole ({error}); take it from a backup") from error
+    for name, digest in digests.items():
+        if noted[-1][name] != digest:
+            raise ValueError(
+                f"report.{name} was changed: its SHA-256 is not {noted[-1][name][:16]}…; take it from a backup"
+            )
     try:
         evidence, policy = Evidence.model_validate(report["evidence"]), GatePolicy.model_validate(report["policy"])
     except ValueError as error:
@@ -117,6 +139,9 @@ def _copy(run: RunFolder, partial: Path, report: Mapping[str, Any]) -> None:
         target = partial / name
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(run.report_json.parent / name, target)
-    pdf = run.report_json.parent / "report.pdf"
-    if pdf.is_file():
-        shutil.copyfile(pdf, partial / pdf.name)
+
+
+def _draw_pdf(partial: Path) -> None:
+    """The report as PDF, where this machine can make one; ``report.html`` prints to the same pages where it cannot."""
+    with contextlib.suppress(PdfUnavailable):
+        (partial / PDF).write_bytes(render_pdf((partial / "report.html").read_text(encoding="utf-8")))

@@ -36,8 +36,8 @@ from PIL import Image
 
 from medgen_models.schema import Column, Instance, PatientBatch, Schema, Slot, unscale
 from server.release import marks
+from server.release.marks import ID_PREFIX
 
-ID_PREFIX = "sub-SYN"
 SUFFIXES = {"T1w": "T1w", "T1ce": "ce-gad_T1w", "T2w": "T2w", "FLAIR": "FLAIR", "PD": "PDw"}
 NUMBER_STEP = 1e-5  # rounding of a written number, as a share of its public range
 DEPTH = 65535  # levels of a stored image

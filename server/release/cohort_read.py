@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from medgen_models.schema import IMAGE_KINDS, PatientBatch, Schema, Slot, scale
-from server.release.cohort_files import DEPTH, ID_PREFIX
+from server.release.cohort_files import DEPTH
+from server.release.marks import ID_PREFIX
 
 
 def read_schema(folder: Path) -> Schema:

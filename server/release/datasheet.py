@@ -131,7 +131,7 @@ def _fidelity(rows: list[Mapping[str, Any]]) -> str:
     if not rows:
         return "**How close is it to a known population?** Not measured."
     lines = "\n".join(
-        f"| {row['part']} | {row['subject']} | {row['measure']} | {row['value']} | "
+        f"| {row['part']} | {_cell(row['subject'])} | {_cell(row['measure'])} | {row['value']} | "
         f"{'' if row['floor'] is None else row['floor']} | {row['better']} |"
         for row in rows
     )
@@ -139,6 +139,11 @@ def _fidelity(rows: list[Mapping[str, Any]]) -> str:
         "**How close is it to the public reference population?** (`floor`: between two halves of that population.)\n\n"
         "| part | subject | measure | value | floor | better |\n|---|---|---|---|---|---|\n" + lines
     )
+
+
+def _cell(name: str) -> str:
+    """A name in a table, where a bar would begin the next cell."""
+    return name.replace("|", "\\|")
 
 
 def _list(sentences: list[str]) -> str:

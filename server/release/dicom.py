@@ -31,12 +31,13 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from server.release import marks
-from server.release.cohort_files import DEPTH, ID_PREFIX
+from server.release.marks import ID_PREFIX
 
 Levels = npt.NDArray[np.uint16]
 
 FILM_CLASS = UID("1.2.840.10008.5.1.4.1.1.7")  # Secondary Capture Image Storage
 VOLUME_CLASS = UID("1.2.840.10008.5.1.4.1.1.7.3")  # Multi-frame Grayscale Word Secondary Capture Image Storage
+FULL = 65535  # the largest level of a stored image
 _NO_UNIT = ("", "a.u.", "arbitrary", "unitless")
 AXIAL = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
 _NAMESPACE = uuid.UUID("7c0f7c0e-5a0d-5b51-9a55-6d656467656e")  # of medgen's names, for version 5 UUIDs
@@ -212,7 +213,7 @@ def _mapping(picture: _Picture, unit: str) -> Dataset:
     code.CodeValue, code.CodingSchemeDesignator = (unit, "UCUM") if known else ("[arb'U]", "UCUM")
     code.CodeMeaning = unit if known else "arbitrary unit"
     mapping.LUTExplanation, mapping.LUTLabel = "public range of the slot", "SLOT"
-    mapping.RealWorldValueFirstValueMapped, mapping.RealWorldValueLastValueMapped = 0, DEPTH
+    mapping.RealWorldValueFirstValueMapped, mapping.RealWorldValueLastValueMapped = 0, FULL
     mapping.RealWorldValueIntercept, mapping.RealWorldValueSlope = picture.low, picture.slope
     mapping.MeasurementUnitsCodeSequence = [code]
     return mapping

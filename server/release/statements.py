@@ -122,9 +122,11 @@ class Approval(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.role == "privacy-officer" and (self.name is None or self.until is None):
-            raise ValueError("a privacy officer signs with a name and with the last day on which the yes holds")
+            raise ValueError(
+                "a privacy officer signs with a name and with the last day on which the yes holds: give both"
+            )
         if self.role == "privacy-officer" and self.verdict == "HOLD" and self.reason is None:
-            raise ValueError("the verdict is HOLD: a privacy officer who accepts it says why")
+            raise ValueError("the verdict is HOLD: a privacy officer who accepts it says why: give a reason")
         return self
 
 

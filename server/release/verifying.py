@@ -172,7 +172,7 @@ def _missing(statement: ReleaseStatement, signers: Sequence[Signer], trust: Trus
             holding.append(signer)
     required = max(trust.required, claims.required_signatures)
     if len(holding) < required:
-        failures.append(f"{len(holding)} good signatures by keys that you trust, {required} required")
+        failures.append(f"{len(holding)} of {required} signatures by keys that you trust")
     officers = [signer for signer in holding if signer.approval.role == OFFICER]
     others = [signer for signer in holding if signer.approval.role != OFFICER]
     if claims.verdict == "HOLD" and not officers:

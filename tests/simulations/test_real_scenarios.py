@@ -1,5 +1,6 @@
 """Both real-data studies run to report and verified bundle, at two short rounds; the data are read where they lie."""
 
+import datetime
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ DATA = ROOT.parent / "shared" / "data"
 SHORT = (
     "public.steps=25", "public.batch=16", "public.patients=120", "public.reference=60",
     "study.core.rounds=2", "study.core.steps=3", "study.release.patients=24", "study.release.steps=4",
+    'study.release.formats=["dicom"]',
 )  # fmt: skip
 
 
