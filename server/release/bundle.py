@@ -95,8 +95,8 @@ def sign(folder: Path, key: IdentityKey, approval: Approval) -> int:
         raise ValueError(f"nothing was signed: the approval is of {approval.verdict}, the release says {verdict}")
     if wrong := signed.envelope.misfits():
         raise ValueError(f"nothing was signed: {len(wrong)} signatures there do not fit; ask for the bundle again")
-    failures = (*file_failures(folder, signed.statement), *unmarked(folder), *contradictions(folder, signed.statement))
-    if failures:
+    failures = file_failures(folder, signed.statement)
+    if failures := failures or [*unmarked(folder), *contradictions(folder, signed.statement)]:
         raise ValueError(f"nothing was signed: {failures[0]}; ask for the bundle again, or build it again")
     statement = ApprovalStatement(subject=of_release(signed.envelope.digest), predicate=approval)
     own = Envelope(statement.to_bytes()).signed(key)
@@ -169,8 +169,9 @@ def file_failures(folder: Path, statement: ReleaseStatement) -> list[str]:
     for path, digest in listed.items():
         if path in found:
             try:
-                if hashlib.sha256(found[path].read_bytes()).hexdigest() != digest:
-                    failures.append(f"{path}: changed")
+                with found[path].open("rb") as handle:
+                    if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
+                        failures.append(f"{path}: changed")
             except OSError:
                 failures.append(f"{path}: cannot be read")
     needed = {parent.as_posix() for path in map(Path, found) for parent in path.parents}

@@ -1,6 +1,7 @@
 """May this bundle be used? What a recipient runs: offline, with keys that he already had, saying every reason against it.
 
-Nothing in a bundle is believed because it is there. Two kinds of reasons are kept apart, and both mean no:
+Nothing in a bundle is believed because it is there, and no file is parsed before its digest was found in a statement that
+a trusted key signed: until then its bytes are a stranger's. Two kinds of reasons are kept apart, and both mean no:
 
     broken   something is wrong: a byte, a link, a mark, a claim, a signature, an unknown key, a revocation
     open     all that is there is as it was signed, but people who have to say yes have not, or no longer do
@@ -103,9 +104,13 @@ def verify(folder: Path, trust: Trust, revoked: Sequence[RevocationEntry] = ()) 
         return Verification((str(error),))
     broken = [*_signature_failures(signed.envelope, trust.keys, "signed"), *_approval_failures(signed, trust)]
     signers = _signers(signed, trust) if not broken else ()
+    if not signers:
+        broken.append(f"{STATEMENTS}: no good signature by a key that you trust")
     broken += file_failures(folder, signed.statement)
-    broken += [failure for failure in unmarked(folder) if failure not in broken]
-    broken += contradictions(folder, signed.statement)
+    if broken:
+        broken.append("nothing was opened: marks and claims are looked at once every file is what a trusted key signed")
+    else:
+        broken += [*unmarked(folder), *contradictions(folder, signed.statement)]
     broken += _revocation_failures(signed.envelope.digest, revoked, trust.keys)
     return Verification(
         broken=tuple(broken),

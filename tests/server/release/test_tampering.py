@@ -10,11 +10,13 @@ import base64
 import datetime
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pydicom
 import pytest
 from PIL import Image
@@ -88,6 +90,11 @@ def swap(a: Path, b: Path) -> None:
     b.write_bytes(ours)
 
 
+def pipe_report(folder: Path) -> None:
+    (folder / "report.json").unlink()
+    os.mkfifo(folder / "report.json")
+
+
 def link_instead(path: Path) -> None:
     target = path.with_name("elsewhere.csv")
     path.rename(target)
@@ -107,6 +114,11 @@ def unmark_nifti(folder: Path) -> None:
     path.write_bytes(
         gzip.compress(gzip.decompress(path.read_bytes()).replace(b'"Synthetic": true', b'"Synthetic":false'))
     )
+
+
+def unmark_parquet(folder: Path) -> None:
+    path = folder / "cohort/ehr.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata({}), path)
 
 
 def edit_json(path: Path, **fields: Any) -> None:
@@ -201,22 +213,22 @@ def clash(folder: Path) -> dict[str, Any]:
     return content
 
 
+def signed_again(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    """The trusted people sign what somebody made of the files."""
+
+    def mutate(folder: Path) -> None:
+        change(folder)
+        resign(folder, relist(folder))
+
+    return mutate
+
+
 def changed_report(folder: Path, resigned: bool) -> None:
     report = json.loads((folder / "report.json").read_text())
     report["verdict"]["decision"] = "RELEASE"
     (folder / "report.json").write_text(json.dumps(report))
     if resigned:
         resign(folder, relist(folder))
-
-
-def unmarked_and_resigned(folder: Path) -> None:
-    unmark_png(folder)
-    resign(folder, relist(folder))
-
-
-def undescribed(folder: Path) -> None:
-    edit_json(folder / "cohort/dataset_description.json", DatasetType="raw")
-    resign(folder, relist(folder))
 
 
 def other_cohort(folder: Path) -> None:
@@ -248,6 +260,11 @@ def approval_of_another(folder: Path) -> None:
     entries = [entry for entry in lines(folder) if entry["signatures"][0]["keyid"] != OFFICER.public.hex()]
     keep = entries if len(entries) == 2 else [lines(folder)[0], *(e for e in entries if len(e["signatures"]) == 1)]
     put(folder, [*keep, json.loads(Envelope(statement.to_bytes()).signed(OFFICER).to_line())])
+
+
+def unsigned(folder: Path) -> None:
+    """What anybody can write: a fitting statement, signed by nobody."""
+    put(folder, [lines(folder)[0] | {"signatures": []}])
 
 
 def without_officer(folder: Path) -> None:
@@ -332,32 +349,58 @@ MUTATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an extra empty folder": (lambda f: (f / "cohort/sub-SYN9999").mkdir(), "sub-SYN9999: an empty folder"),
     "a link inside": (lambda f: (f / "cohort/link").symlink_to(f / "report.json"), "plain files only, no links"),
     "a file that became a link": (lambda f: link_instead(f / "cohort/ehr.csv"), "plain files only, no links"),
-    "no cohort": (lambda f: shutil.rmtree(f / "cohort"), "cohort: missing"),
+    "a pipe": (lambda f: os.mkfifo(f / "cohort/pipe.nii.gz"), "plain files only, no links"),
+    "a report that is a pipe": (pipe_report, "plain files only, no links"),
+    "no cohort": (lambda f: shutil.rmtree(f / "cohort"), "cohort/ehr.csv: missing"),
     "no DICOM": (lambda f: shutil.rmtree(f / "dicom"), ".dcm: missing"),
-    # synthetic marks, one per format
-    "a volume without its mark": (unmark_nifti, ".nii.gz: does not say that it is synthetic"),
-    "a film without its mark": (unmark_png, ".png: does not say that it is synthetic"),
+    # synthetic marks, one per format, on files that trusted people signed
+    "a volume without its mark": (signed_again(unmark_nifti), ".nii.gz: does not say that it is synthetic"),
+    "a film without its mark": (signed_again(unmark_png), ".png: does not say that it is synthetic"),
     "a sidecar without its mark": (
-        lambda f: edit_json(first(f, "cohort/*/*/*.json"), Synthetic=False),
+        signed_again(lambda f: edit_json(first(f, "cohort/*/*/*.json"), Synthetic=False)),
         ".json: does not say that it is synthetic",
     ),
+    "a Parquet file without its mark": (signed_again(unmark_parquet), ".parquet: does not say that it is synthetic"),
     "a table without its sidecar": (
-        lambda f: (f / "cohort/ehr.json").unlink(),
+        signed_again(lambda f: (f / "cohort/ehr.json").unlink()),
         "cohort/ehr.csv: does not say that it is synthetic",
     ),
+    "a file of a kind that is not written here": (
+        signed_again(lambda f: (f / "cohort/macro.xlsm").write_bytes(b"x")),
+        "macro.xlsm: does not say that it is synthetic",
+    ),
     "DICOM with synthetic data NO": (
-        lambda f: edit_dicom(f, lambda data: setattr(data, "SyntheticData", "NO")),
+        signed_again(lambda f: edit_dicom(f, lambda data: setattr(data, "SyntheticData", "NO"))),
         ".dcm: does not say that it is synthetic",
     ),
-    "DICOM without its equipment": (lambda f: edit_dicom(f, unequip), ".dcm: does not say that it is synthetic"),
+    "DICOM without its equipment": (
+        signed_again(lambda f: edit_dicom(f, unequip)),
+        ".dcm: does not say that it is synthetic",
+    ),
     "DICOM of a real-looking patient": (
-        lambda f: edit_dicom(f, lambda data: setattr(data, "PatientID", "0815")),
+        signed_again(lambda f: edit_dicom(f, lambda data: setattr(data, "PatientID", "0815"))),
         ".dcm: does not say that it is synthetic",
     ),
-    "DICOM with a private element": (lambda f: edit_dicom(f, add_private), ".dcm: does not say that it is synthetic"),
-    "DICOM with other pixels": (lambda f: edit_dicom(f, darken), ".dcm: not the pixels of the cohort's image"),
-    "a mark missing, signed again": (unmarked_and_resigned, ".png: does not say that it is synthetic"),
-    "a data set declared raw, signed again": (undescribed, "DatasetType is not derivative"),
+    "DICOM with a private element": (
+        signed_again(lambda f: edit_dicom(f, add_private)),
+        ".dcm: does not say that it is synthetic",
+    ),
+    "DICOM with other pixels": (
+        signed_again(lambda f: edit_dicom(f, darken)),
+        ".dcm: not the pixels of the cohort's image",
+    ),
+    "DICOM of one image too few": (
+        signed_again(lambda f: first(f, "dicom/*/*/*.dcm").unlink()),
+        ".dcm: missing; the cohort has this image",
+    ),
+    "DICOM of one image too many": (
+        signed_again(lambda f: shutil.copy(first(f, "dicom/*/*/*.dcm"), f / "dicom/more.dcm")),
+        "dicom/more.dcm: no image of the cohort",
+    ),
+    "a data set declared raw": (
+        signed_again(lambda f: edit_json(f / "cohort/dataset_description.json", DatasetType="raw")),
+        "DatasetType is not derivative",
+    ),
     # the statement, edited without a key
     "no statements": (lambda f: (f / STATEMENTS).unlink(), f"{STATEMENTS}: missing"),
     "a statement file that is a link": (lambda f: link_instead(f / STATEMENTS), f"{STATEMENTS}: missing"),
@@ -407,6 +450,7 @@ MUTATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
         "approved but did not sign the files",
     ),
     "all signatures dropped": (lambda f: edit_line(f, 0, lambda e: e.update(signatures=[])), "did not sign the files"),
+    "all signatures and approvals dropped": (unsigned, "no good signature by a key that you trust"),
     "an approval dropped": (drop_approval, "signed with 0 approvals, not one"),
     "the officer taken out": (without_officer, "no privacy officer has accepted it"),
     "one signer as two": (as_two, "one key signs twice"),
@@ -437,6 +481,16 @@ MUTATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a cohort exchanged after the attacks": (other_cohort, "cohort: not the cohort that the report is about"),
 }
+
+
+def test_what_nobody_signed_is_not_whole_and_not_opened(copy: Path) -> None:
+    """Also ``--candidate`` stops here; and a stranger's files are hashed, never parsed."""
+    unsigned(copy)
+    unmark_png(copy)
+    found = verify(copy, TRUST)
+    assert not found.whole
+    assert not any("synthetic" in reason for reason in found.reasons)
+    assert any("nothing was opened" in reason for reason in found.reasons)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
