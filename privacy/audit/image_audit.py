@@ -265,7 +265,7 @@ def audit_images(
     findings += [image_gates.copies(found, p, used) for found, p in zip(copied, adjusted, strict=False)]
     findings.append(image_gates.recognised(attacks[0], power, len(attacks), used))
     if baseline.status != "PASS" and blind is not None:
-        findings = image_gates.doubtful(findings, attacks, blind, used)
+        findings = image_gates.doubtful(findings, attacks, copied, blind, used)
     return result(
         True, findings, recognition=power, attacks=tuple(attacks), copies=tuple(copied), risks=tuple(risks), adjusted=adjusted
     )  # fmt: skip

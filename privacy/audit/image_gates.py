@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from privacy.audit.bounds import Interval, auc
 from privacy.audit.gates import Finding, joint_confidence
 from privacy.audit.image_copies import ImageCopies
+from privacy.audit.multiplicity import excess_p_value
 from privacy.audit.table_attacks import Attacked
 from privacy.audit.table_gates import TablePolicy, invalid
 
@@ -46,7 +47,7 @@ def repeated(count: int) -> Finding | None:
 
 def copies(found: ImageCopies, p_value: float, policy: TablePolicy) -> Finding:
     """Members against held-out patients; the p-value after Holm."""
-    subject = f"copies, {found.what}"
+    subject = subject_of(found)
     pairs = list(zip(found.counts.hits_member, found.counts.hits_held_out, strict=True))
     sizes = found.counts.trials_member, found.counts.trials_held_out
     plain = f"{pairs[-1][0]} and {pairs[-1][1]} more alike than any two strangers"
@@ -95,13 +96,29 @@ def recognised(attack: Attacked, power: float | None, comparisons: int, policy: 
 
 
 def doubtful(
-    findings: Sequence[Finding], attacks: Sequence[Attacked], blind: Interval, policy: TablePolicy
+    findings: Sequence[Finding],
+    attacks: Sequence[Attacked],
+    copied: Sequence[ImageCopies],
+    blind: Interval,
+    policy: TablePolicy,
 ) -> list[Finding]:
     """Where the groups may differ by themselves, evidence blocks only if an attack sees more than that difference.
 
-    Copies of whole images stand for themselves: they are held against how alike strangers are.
+    Copies stand for themselves where more members than chance allows are more alike to the cohort than any two of all
+    patients are to each other: that needs no held-out patients.
     """
     confidence = joint_confidence(policy.gates, len(attacks))
     if any(auc(attack.counts, confidence).low > blind.high for attack in attacks):
         return list(findings)
-    return [finding if finding.subject.startswith("copies, whole") else invalid(finding) for finding in findings]
+    kept = set()
+    for found in copied:
+        counts = found.counts
+        everybody = counts.trials_member + counts.trials_held_out
+        if excess_p_value(counts.hits_member[-1], counts.trials_member, 0, everybody) <= policy.level_block:
+            kept.add(subject_of(found))
+    return [finding if finding.subject in kept else invalid(finding) for finding in findings]
+
+
+def subject_of(found: ImageCopies) -> str:
+    """What a finding about these copies is called."""
+    return f"copies, {found.what}"

@@ -22,6 +22,7 @@ from privacy.audit.gates import Decision
 from privacy.audit.mixed import Columns, Floats, Kind
 from privacy.audit.standalone import TableAudit, Tables, audit
 from privacy.audit.table_gates import TablePolicy
+from simulations.benchmarks import image_fixtures
 from simulations.benchmarks.runner import BenchResult, Row, collect
 from simulations.benchmarks.table_peers import PeersAbsent, environment
 
@@ -213,7 +214,7 @@ Peers = Callable[[Fixture], Mapping[str, float | None]]
 
 
 def run(folder: Path | None = None) -> BenchResult:
-    """Audit every fixture, with the peers beside.
+    """Audit every table, with the peers beside, and every set of images.
 
     Args:
         folder: where the peers' environment is kept; a temporary one is made and thrown away by default.
@@ -221,7 +222,9 @@ def run(folder: Path | None = None) -> BenchResult:
     with tempfile.TemporaryDirectory() as scratch:
         peers, absent = peers_in(folder or Path(scratch) / "peers")
         return collect(
-            "audit-fixtures", "medgen bench audit-fixtures", lambda: rows(fixtures(), audited, peers, absent)
+            "audit-fixtures",
+            "medgen bench audit-fixtures",
+            lambda: rows(fixtures(), audited, peers, absent) + image_fixtures.rows(image_fixtures.image_fixtures()),
         )
 
 

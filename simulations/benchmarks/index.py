@@ -20,7 +20,7 @@ READS_A_RUN: Mapping[str, str] = {
 }
 STANDS_ALONE: Mapping[str, str] = {
     "accounting": "epsilon of fifty random schedules against an independent composition; time of a query",
-    "audit-fixtures": "tables that fool audits: medgen beside Anonymeter and SDMetrics, whose environment is kept beside --json",
+    "audit-fixtures": "tables and images that fool audits; Anonymeter and SDMetrics on the tables, their environment kept beside --json",
     "audit-overfit": "real films: a model overfitted without privacy beside one at epsilon 8, and what attacks prove; --data",
     "audit-power": "what audits would see: leak against epsilon, copied patients, false alarms against level",
     "audit-scaling": "time and memory of a table's whole audit against its patients; curves beside --json",

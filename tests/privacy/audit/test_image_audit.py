@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from privacy.audit import image_gates
+from privacy.audit.bounds import Interval
+from privacy.audit.gates import Finding
 from privacy.audit.image_audit import ImageAudit, ImageSet, ImageSets, audit_images
+from privacy.audit.image_copies import ImageCopies, copies
 from privacy.audit.image_links import leads
 from privacy.audit.mixed import Columns
 from privacy.audit.standalone import Tables
@@ -199,3 +203,36 @@ def test_an_image_that_leads_to_its_row_blocks_and_one_that_does_not_leaves_the_
     assert found.to_json()["table"]["decision"] == "BLOCK"
     shuffled = dataclasses.replace(leaky, synthetic_ids=tuple(reversed(ids[2])))
     assert audit_images(shuffled, QUICK, 0).risks[0].hits_member <= 5  # images and rows of different patients
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def test_where_groups_may_differ_only_copies_beyond_every_two_strangers_block() -> None:
+    blind = Interval(0.52, 0.58, 0.9)
+    held = np.zeros(100)
+
+    def of(scores: np.ndarray) -> tuple[ImageCopies, Finding]:
+        found = copies("whole image", scores, held, (0.5, 0.6))
+        return found, image_gates.copies(found, found.p_value, QUICK)
+
+    faint, plain = (of(np.where(np.arange(100) < 20, value, 0.0)) for value in (0.55, 0.7))
+    assert (faint[1].status, plain[1].status) == ("BLOCK", "BLOCK")
+    assert image_gates.doubtful([faint[1]], [], [faint[0]], blind, QUICK)[0].status == "HOLD"
+    assert image_gates.doubtful([plain[1]], [], [plain[0]], blind, QUICK)[0].status == "BLOCK"
+
+
+def test_copies_are_judged_after_holm_and_one_plain_copy_is_looked_at() -> None:
+    one = copies("whole image", np.append(np.zeros(99), 0.99), np.zeros(100), (0.5, 0.6))
+    none = copies("whole image", np.zeros(100), np.zeros(100), (0.5, 0.6))
+    both = copies("whole image", np.append(np.zeros(99), 0.99), np.append(np.zeros(99), 0.99), (0.5, 0.6))
+    for found, p_value, expected in (
+        (one, 0.001, "BLOCK"),
+        (one, 0.03, "HOLD"),
+        (one, 1.0, "HOLD"),
+        (both, 1.0, "PASS"),
+        (none, 1.0, "PASS"),
+    ):
+        assert image_gates.copies(found, p_value, QUICK).status == expected
+    assert one.p_value == 1.0  # a half for one patient, twice for two thresholds
+    assert one.rate_member.low > 0
