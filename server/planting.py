@@ -2,8 +2,8 @@
 
 Public patients that nothing was trained on are dealt into three parts: two travel with the plan
 (:mod:`privacy.audit.population`), and the third stays here. Half of that third is leaked, the other half is the control. An
-attack on the cohort has a fifth of them copied into it; an attack on weights meets a core that was trained on them without
-any noise. An attack that finds nothing where a leak was planted proves nothing by finding nothing elsewhere.
+attack on the cohort has a fifth of them copied into it; an attack on weights meets a core that went on from the final one on
+them alone, without any noise. An attack that finds nothing where a leak was planted proves nothing by finding nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from medgen_models.assembly import StudyModel
 from medgen_models.codecs.bank import CodecBank
 from medgen_models.flow import fixed_losses
+from medgen_models.gaussian_prior import fit_gaussian_prior
 from medgen_models.membership import Queries, per_patient, signals
 from medgen_models.patient_features import columns_of, features_of
 from medgen_models.pretrain import PretrainConfig, train_core
@@ -33,7 +34,7 @@ Floats = NDArray[np.float64]
 PLANTED = 60  # public patients leaked, and as many for the control, at most
 FEWEST_PLANTED = 8
 COPIED_SHARE = 0.2
-LEAKY_STEPS = 60
+LEAKY_STEPS = 20
 LEAKY_BATCH = 16
 SEED = 20213
 WEIGHTS = ("loss", "loss-ratio", "loss-grid", "sima", "pia", "secmi")
@@ -141,7 +142,7 @@ def _nearest(bank: CodecBank, scope: str, tokens: list[TokenBatch], able: NDArra
 def _in_weights(
     attacks: list[Attack], draws: int, model: StudyModel, leaked: PatientBatch, control: PatientBatch
 ) -> list[AttackCounts]:
-    """A core that was trained on some public patients alone, attacked as the final one is."""
+    """A core that went on from the final one on some public patients alone, attacked as the final one is."""
     both = PatientBatch.concat([leaked, control])
     tokens, before = model.bank.encode(both), model.public.bank.encode(both)
     flow = model.public.flow
@@ -153,8 +154,9 @@ def _in_weights(
         core=model.public.core.config,
         flow=flow,
     )
-    own = tokens.select(list(range(len(leaked))))
-    core = train_core(model.layout, own, config, SEED, start=model.core)
+    own, rank = tokens.select(list(range(len(leaked)))), model.core.config.prior_rank
+    prior = fit_gaussian_prior(model.layout, own, rank) if rank else None
+    core = train_core(model.layout, own, config, SEED, start=model.core, prior=prior)
     losses = [
         np.log(np.maximum(fixed_losses(net, part, flow, draws, SEED).double().numpy(), 1e-12))
         for net, part in ((core, tokens), (model.public.core, before))
