@@ -41,6 +41,7 @@ PUBLIC = {
     "privacy/audit/study_gates.py": "published counts",
     "privacy/audit/table_gates.py": "published counts",
     "privacy/audit/one_run.py": "coins and counts that are published or stay at the coordinator",
+    "privacy/audit/transcript.py": "cosines of made-up canaries",
     "privacy/boundary/plan.py": "declared numbers of the roster",
     "privacy/gradients.py": "times of a trial on made-up patients",
     "privacy/ledger.py": "rows of the ledger",
@@ -52,10 +53,14 @@ PUBLIC = {
 
 STANDALONE = (
     "privacy/audit/copies.py",
+    "privacy/audit/image_attacks.py",
+    "privacy/audit/image_audit.py",
+    "privacy/audit/image_gates.py",
+    "privacy/audit/image_links.py",
     "privacy/audit/standalone.py",
     "privacy/audit/table_attacks.py",
 )
-"""The audit of a table that somebody else made. It looks at patients, as an attacker with the tables would, and its scales
+"""The audit of a table or images that somebody else made. It looks at patients, as an attacker with the tables would, and its scales
 come from them; it runs by hand where the tables lie, no stage or message of a study calls it, and the test below says so."""
 
 ATTACKERS = (

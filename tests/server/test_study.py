@@ -20,8 +20,14 @@ KEYS = {
     "core": {
         "group", "lora_rank", "rounds", "steps", "spare_rounds", "sampling_rate", "learning_rate", "clip", "draws", "average",
     },
-    "release": {"patients", "steps", "guidance"},
+    "release": {"patients", "steps", "guidance", "formats"},
     "audit": {"enabled", "draws", "pairs", "cap", "canaries", "groups"},
+    "policy": {
+        "version", "confidence", "blind_auc_block", "planted_tpr", "planted_fpr", "epsilon_hold", "epsilon_block",
+        "membership_fpr", "membership_tpr_block", "membership_auc_block", "ceiling_share", "level_block", "level_hold",
+        "risk_point_block", "risk_upper_block", "risk_upper_hold", "outlier_fpr", "outlier_tpr_block", "group_judged",
+        "coherence_floor", "coherence_hold", "attempts", "uncovered_allowed", "required_signatures",
+    },
     "execution": {"deadline_s", "deterministic"},
 }  # fmt: skip
 
