@@ -37,7 +37,7 @@ def planted(access: str, found: Mapping[str, ThresholdCounts], policy: GatePolic
     subject = f"planted leak, {access}"
     if not found:
         return missing("G0 validity", subject, f"whether any attack on the {access} would have found a leak")
-    best = max(found, key=lambda name: planted_rate(found[name], policy))
+    best = max(found, key=lambda name: (planted_rate(found[name], policy), found[name].trials_member))
     finding = gates.planted_leak(found[best], policy)
     able = sum(planted_rate(counts, policy) >= policy.planted_tpr for counts in found.values())
     words = f"{best}: {finding.sentence} {able} of {len(found)} attacks find theirs."
