@@ -251,7 +251,7 @@ class Cohort(Frozen):
     """What would be released.
 
     Attributes:
-        integrity_failures: what :func:`server.release.bundle.check_files` found; None if it was not run.
+        integrity_failures: what :func:`server.release.bundle.unmarked_cohort` found; None if it was not run.
     """
 
     patients: int = Field(ge=1)

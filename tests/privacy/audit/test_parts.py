@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy.audit.parts import FileEntry, PartEntry, PartsManifest, assemble, split
+from privacy.audit.parts import FileEntry, PartEntry, PartsManifest, assemble, manifest_of, split
 
 
 @pytest.fixture
@@ -32,6 +32,13 @@ def test_round_trip_in_small_parts(folder: Path, tmp_path: Path) -> None:
     assert again == manifest
     assemble(again, dict(parts).__getitem__, tmp_path / "got")
     assert split(tmp_path / "got", part_bytes=1000)[0] == manifest
+
+
+def test_the_manifest_alone_is_that_of_the_parts(folder: Path) -> None:
+    (folder / "large.bin").write_bytes(bytes(5 * 2**20))
+    manifest, parts = split(folder)
+    assert len(parts) == 2
+    assert manifest_of(folder) == manifest
 
 
 @settings(max_examples=20, deadline=None)
