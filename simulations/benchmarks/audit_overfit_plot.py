@@ -50,28 +50,29 @@ def _auc(axes: Axes, models: tuple[Attacked, Attacked]) -> None:
             )
     axes.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(names)), list(reversed(names)))
-    axes.set_xlim(0.2, 1.02)
+    axes.set_xlim(0.0, 1.02)
     axes.set_xlabel("AUC per patient, 95 % interval")
     axes.set_title("who trained the model", loc="left", fontweight="bold")
-    axes.legend(fontsize=8, frameon=False, loc="lower left")
+    axes.legend(fontsize=8, frameon=False, loc="center left")
 
 
 def _bounds(axes: Axes, found: Found) -> None:
     canaries = found.canaries
     bars = [
-        ("overfitted:\nall attacks", found.overfitted.largest, found.overfitted.ceiling, WARM, "//"),
-        ("epsilon 8:\nall attacks", found.private.largest, found.private.ceiling, MAIN, ""),
-        ("epsilon 8:\ncanaries, f-DP", canaries.f_dp, canaries.f_dp_ceiling, SOFT, ".."),
+        ("overfitted:\nall attacks", found.overfitted.largest, found.overfitted.ceiling, WARM),
+        ("epsilon 8:\nall attacks", found.private.largest, found.private.ceiling, MAIN),
+        ("epsilon 8:\ncanaries, f-DP", canaries.f_dp, canaries.f_dp_ceiling, SOFT),
     ]
-    for place, (_, value, ceiling, colour, hatch) in enumerate(bars):
-        axes.bar(place, value, width=0.5, color=colour, hatch=hatch, edgecolor="white")
+    for place, (_, value, ceiling, fill) in enumerate(bars):
+        axes.bar(place, value, width=0.5, color=fill)
         axes.hlines(ceiling, place - 0.35, place + 0.35, color=INK, linewidth=1.2)
         axes.annotate(f"ceiling {ceiling:.1f}", (place, ceiling), ha="center", va="bottom", fontsize=8)
-        axes.annotate(f"{value:.2f}", (place, value), ha="center", va="bottom", fontsize=8)
+        where, colour = (value / 2, "white") if value > 0.5 else (value + 0.05, INK)
+        axes.annotate(f"{value:.2f}", (place, where), ha="center", va="bottom", fontsize=8, color=colour)
     axes.axhline(EPSILON, color=INK, linewidth=0.8, linestyle="--")
     axes.annotate(f"promise {EPSILON:g}", (-0.45, EPSILON), va="bottom", fontsize=8)
     axes.set_xticks(range(len(bars)), [name for name, *_ in bars])
-    axes.set_ylim(0, 1.2 * max(EPSILON, *(ceiling for _, _, ceiling, *_ in bars)))
+    axes.set_ylim(0, 1.2 * max(EPSILON, *(ceiling for _, _, ceiling, _ in bars)))
     axes.set_ylabel("lower bound on epsilon at 95 %")
     axes.set_title("what attacks prove, and could prove", loc="left", fontweight="bold")
 
@@ -86,7 +87,7 @@ def _likeness(axes: Axes, models: tuple[Attacked, Attacked]) -> None:
             names.append(f"{label.rsplit(', ', 1)[-1]}:\n{side}")
         threshold = found.copied.counts.thresholds[0]
         axes.hlines(threshold, 2 * model - 0.4, 2 * model + 1.4, color=INK, linewidth=1.0, linestyle="--")
-        axes.annotate("most alike strangers", (2 * model - 0.4, threshold), va="bottom", fontsize=8)
+        axes.annotate("most alike strangers", (2 * model + 1.4, threshold), ha="right", va="bottom", fontsize=8)
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("likeness of the most alike film drawn")
     axes.set_title("copies, patient by patient", loc="left", fontweight="bold")

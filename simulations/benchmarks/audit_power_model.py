@@ -36,10 +36,10 @@ class Sizes:
 
     public: int = 400
     population: int = 400
-    members: int = 100
-    held_out: int = 100
+    members: int = 40
+    held_out: int = 40
     public_steps: int = 100
-    overfitted_steps: int = 1200
+    overfitted_steps: int = 2500
     canaries: int = 1000
 
 
