@@ -10,17 +10,17 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from server.release import figures
-from server.release.attack_evidence import AttackCounts
+from server.release.attack_evidence import JOINT, AttackCounts
 from server.release.document import Report
 from server.release.frameworks import Framework
-from server.release.statistics import AttackResult
+from server.release.statistics import AttackResult, Control
 
 TEMPLATES = Path(__file__).parent / "templates"
 ROC_FLOOR = 1e-3
@@ -56,7 +56,10 @@ def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
             derived=derived,
             strongest=strongest(derived.attacks),
             open_findings=[finding for finding in findings if finding.status in ("HOLD", "BLOCK")],
-            attacks=list(zip(attacks, derived.attacks, strict=True)),
+            attacks=attacks,
+            cards=cards(known),
+            by_slot=by_slot(known),
+            controls=controls(known),
             copies=list(zip(copies, derived.copies, strict=True)),
             risks=list(zip(evidence.risks, derived.risks, strict=True)),
             subgroups=list(zip(evidence.subgroups, derived.subgroups, strict=True)),
@@ -108,9 +111,56 @@ def _common(known: Report) -> dict[str, Any]:
     }
 
 
-def strongest(attacks: tuple[AttackResult, ...]) -> AttackResult | None:
-    """The valid attack with the largest AUC; None if no attack has a result."""
-    return max((a for a in attacks if a.auc is not None), key=lambda a: a.auc.estimate if a.auc else 0.0, default=None)
+def strongest(attacks: Sequence[AttackResult]) -> AttackResult | None:
+    """The valid attack that most surely beats guessing (highest lower end of its AUC); None if none has a result.
+
+    Not the highest AUC: of many attacks on few patients that one is mostly luck.
+    """
+    return max((a for a in attacks if a.auc is not None), key=lambda a: a.auc.low if a.auc else 0.0, default=None)
+
+
+def cards(known: Report) -> list[tuple[AttackCounts, AttackResult]]:
+    """One attack of each name to show in full: the joint one, else the slot where it is strongest."""
+    shown: dict[str, tuple[AttackCounts, AttackResult]] = {}
+    for attack, result in _judged(known):
+        before = shown.get(attack.name)
+        if before is None or attack.scope == JOINT or (before[0].scope != JOINT and _low(result) > _low(before[1])):
+            shown[attack.name] = (attack, result)
+    return list(shown.values())
+
+
+def by_slot(known: Report) -> tuple[list[str], dict[str, dict[str, AttackResult]]]:
+    """Scopes in order of appearance, and each attack's results by scope; no scopes where everything is joint."""
+    judged = _judged(known)
+    scopes = list(dict.fromkeys(attack.scope for attack, _ in judged))
+    if set(scopes) <= {JOINT}:
+        return [], {}
+    results: dict[str, dict[str, AttackResult]] = {}
+    for attack, result in judged:
+        results.setdefault(attack.name, {})[attack.scope] = result
+    return scopes, results
+
+
+def controls(known: Report) -> dict[str, tuple[Control | None, Control | None, list[Control]]]:
+    """Per attack: its planted leak, its null control on everything, and its null controls by slot."""
+    validity, derived = known.evidence.validity, known.derived
+    rows: dict[str, tuple[Control | None, Control | None, list[Control]]] = {}
+    for attack, control in zip(validity.planted, derived.planted, strict=True):
+        if attack.scope == JOINT or attack.name not in rows:
+            rows[attack.name] = (control, None, [])
+    for attack, control in zip(validity.null, derived.null, strict=True):
+        planted, joint, slots = rows.get(attack.name, (None, None, []))
+        rows[attack.name] = (planted, control, slots) if attack.scope == JOINT else (planted, joint, [*slots, control])
+    return rows
+
+
+def _judged(known: Report) -> list[tuple[AttackCounts, AttackResult]]:
+    attacks = [attack for attack in known.evidence.attacks if attack.kind != "copies"]
+    return list(zip(attacks, known.derived.attacks, strict=True))
+
+
+def _low(result: AttackResult) -> float:
+    return result.auc.low if result.auc is not None else -1.0
 
 
 def _figures(known: Report) -> dict[str, Any]:
@@ -118,22 +168,19 @@ def _figures(known: Report) -> dict[str, Any]:
     evidence, derived, promise = known.evidence, known.derived, known.evidence.promise
     cap = [(point.fpr, point.tpr) for point in derived.caps.curve] if derived.caps else []
     promised = promise.epsilon if promise and promise.private else None
-    results = {result.name: result for result in derived.attacks}
     drawn: dict[str, Any] = {"roc": {}, "bounds": {}, "forest": None, "exceed": {}}
     forest = []
-    for attack in evidence.attacks:
-        result = results.get(attack.label)
-        if attack.kind == "copies":
-            if attack.counts is not None and len(attack.thresholds) > 1:
-                drawn["exceed"][attack.label] = _svg(_exceed(attack))
-            continue
-        if result is None or result.roc is None or result.auc is None:
+    for attack, result in cards(known):
+        if result.roc is None or result.auc is None:
             continue
         drawn["roc"][attack.label] = _svg(figures.roc(**result.roc.model_dump(), cap=cap, floor=_floor(attack)))
         bound = ("", result.epsilon_lower_bound or 0.0, result.power_ceiling or 0.0)
         drawn["bounds"][attack.label] = _svg(figures.bounds([bound], promised))
         area = result.auc
         forest.append((attack.label, area.low, area.estimate, area.high, attack.kind == "diagnostic"))
+    for attack in evidence.attacks:
+        if attack.kind == "copies" and attack.counts is not None and len(attack.thresholds) > 1:
+            drawn["exceed"][attack.label] = _svg(_exceed(attack))
     if forest:
         drawn["forest"] = _svg(figures.forest(forest, derived.caps.auc if derived.caps else None))
     if evidence.training_audit is not None:

@@ -11,12 +11,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from privacy.audit.gates import GatePolicy
 from server.release import card, facts, guarantee, statistics
+from server.release.attack_evidence import JOINT, AttackCounts
 from server.release.document import Derived, Report
 from server.release.evidence import Evidence
 from server.release.gate import Verdict, decide
@@ -34,9 +35,12 @@ def build_report(evidence: Evidence, policy: GatePolicy) -> dict[str, Any]:
 def _derived(evidence: Evidence, verdict: Verdict, policy: GatePolicy) -> Derived:
     promise = evidence.promise
     judged = [attack for attack in evidence.attacks if attack.kind != "copies"]
+    joint = {attack.name for attack in judged if attack.scope == JOINT}
     known = facts.facts(evidence, verdict, policy)
     return Derived(
-        attacks=tuple(statistics.attack_result(attack, promise, len(judged), policy) for attack in judged),
+        attacks=tuple(
+            statistics.attack_result(attack, promise, len(judged), policy, _drawn(attack, joint)) for attack in judged
+        ),
         subgroups=tuple(
             statistics.subgroup_result(group, promise, len(judged), policy) for group in evidence.subgroups
         ),
@@ -54,6 +58,11 @@ def _derived(evidence: Evidence, verdict: Verdict, policy: GatePolicy) -> Derive
         pyramid=guarantee.pyramid(known),
         threats=guarantee.threats(evidence, known),
     )
+
+
+def _drawn(attack: AttackCounts, joint: Collection[str]) -> bool:
+    """Whether a report needs its curve: slots of an attack that ran jointly are shown as numbers."""
+    return attack.scope == JOINT or attack.name not in joint
 
 
 def report_bytes(report: Mapping[str, Any]) -> bytes:

@@ -25,9 +25,10 @@ from privacy.plan import DPPlan, TrainingStage
 from privacy.trials import repeated
 from server.release.attack_evidence import AttackCounts
 from server.release.card import GATES
+from server.release.document import Report
 from server.release.evidence import Evidence, Promise
 from server.release.figures import contact_sheet
-from server.release.render import render_html
+from server.release.render import by_slot, cards, render_html, strongest
 from server.release.report import build_report, report_bytes, write_report
 
 Case = tuple[Evidence, dict[str, bytes]]
@@ -169,14 +170,53 @@ def test_everything_that_an_audit_measures_is_shown(audited_with_images: Case) -
     for site in evidence.training_audit.sites if evidence.training_audit else ():
         assert site.commitment[:12] in text
     assert "invalid: guessing without the cohort does as well" in text
-    assert "whatever was hit): pathology=sclerosis" in text
+    assert "nobody knows what attacks do to them: pathology=sclerosis" in text
     assert "G5 copies, cxr; G3 membership, flow loss" in text
-    assert "planted leak" in text
-    assert "null: membership dealt at random" in text
+    assert "Planted leak: found, at least 50%" in text
+    assert "membership dealt at random" in text
     for threat in ("T1", "T2", "T3", "T4", "T5"):
         assert threat in text
     for words in ("PRV", "Poisson", "declared capacity", "cryptographic stream", "NOT COVERED"):
         assert words in text
+
+
+def test_an_attack_is_shown_in_full_once_and_by_slot_in_a_table(audited_with_images: Case) -> None:
+    written = build_report(audited_with_images[0], POLICY)
+    known = Report.model_validate(written)
+    assert [attack.label for attack, _ in cards(known)] == [
+        "flow loss", "density ratio", "sum of canaries", "nearest neighbour",
+    ]  # fmt: skip
+    scopes, rows = by_slot(known)
+    assert scopes == ["joint", "mri", "ehr"]
+    assert set(rows["density ratio"]) == {"joint", "mri", "ehr"}
+    assert set(rows["flow loss"]) == {"joint"}
+    drawn = {row["name"] for row in written["derived"]["attacks"] if row["roc"] is not None}
+    assert drawn == {attack.label for attack, _ in cards(known)}
+
+
+def test_an_attack_that_ran_on_slots_alone_is_shown_where_it_is_strongest(
+    evidence_factory: Make, attack_factory: Callable[..., AttackCounts]
+) -> None:
+    slots = tuple(
+        attack_factory("codec", mu, 400, 200, 3, access="final weights", scope=scope)
+        for scope, mu in (("mri", 0.1), ("cxr", 2.0), ("pet", 0.0))
+    )
+    known = Report.model_validate(build_report(evidence_factory(attacks=slots), POLICY))
+    assert [attack.scope for attack, _ in cards(known)] == ["cxr"]
+    assert "codec, cxr" in Page(render_html(build_report(evidence_factory(attacks=slots), POLICY), {})).text
+
+
+def test_the_clearest_attack_is_not_the_luckiest(
+    evidence_factory: Make, attack_factory: Callable[..., AttackCounts]
+) -> None:
+    lucky = attack_factory("lucky", 1.2, 6, 6, 5, access="cohort only")
+    clear = attack_factory("clear", 0.8, 400, 200, 6, access="cohort only")
+    results = Report.model_validate(build_report(evidence_factory(attacks=(lucky, clear)), POLICY)).derived.attacks
+    area = {result.name: result.auc.estimate for result in results if result.auc is not None}
+    assert area["lucky"] > area["clear"]
+    found = strongest(results)
+    assert found is not None
+    assert found.name == "clear"
 
 
 def test_what_was_not_measured_is_on_hold_in_every_section() -> None:
