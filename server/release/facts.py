@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from privacy.audit.gates import Finding, GatePolicy, Rule, Status
+from privacy.audit.training_gate import SUBJECT as TRAINING_AUDIT
 from server.release.card import worst
 from server.release.evidence import Evidence, Promise
 from server.release.gate import Verdict
@@ -307,21 +308,9 @@ def _about_attacks(evidence: Evidence, judged: _Judged) -> Iterator[Fact]:
         yield judged.fact(name, f"Can anybody tell who took part, {words}?", ("G3 membership",),
                           f"Not measured: no attack {words} was run.", _named(mine),
                           ("/derived/attacks",))  # fmt: skip
-    audit = evidence.training_audit
-    asked = "What did made-up patients show that went through training?"
-    if audit is None:
-        yield _unknown("training audit", asked, "no canaries went through training", "/evidence/training_audit")
-    else:
-        best = max(site.one_run for site in audit.sites)
-        sealed = all(site.opened for site in audit.sites)
-        words = (
-            f"{sum(s.canaries for s in audit.sites)} canaries at {len(audit.sites)} sites: largest lower bound "
-            f"{best:.2f}, promise of stage {audit.stage} {audit.promise:.2f}, most that such an audit can show "
-            f"{max(s.ceiling for s in audit.sites):.2f}; the coins {'were those' if sealed else 'WERE NOT those'} committed to."
-        )
-        status: Status = "INFO" if sealed and best <= audit.promise else "HOLD"  # BLOCK is the gate's to say
-        yield Fact(name="training audit", question=asked, status=status, sentence=words,
-                   sources=("/evidence/training_audit",))  # fmt: skip
+    yield judged.fact("training audit", "What did made-up patients show that went through training?", ("G2 promise",),
+                      "Not measured: none went through training.", lambda f: f.subject == TRAINING_AUDIT,
+                      ("/evidence/training_audit",))  # fmt: skip
     yield judged.fact("refuted", "Does any attack contradict the promise?", ("G2 promise",),
                       "Not measured: no attack was compared with the promise.", also=("/derived/attacks",))  # fmt: skip
     questions: tuple[tuple[FactName, str], ...] = (
