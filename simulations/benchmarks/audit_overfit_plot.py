@@ -50,10 +50,10 @@ def _auc(axes: Axes, models: tuple[Attacked, Attacked]) -> None:
             )
     axes.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(names)), list(reversed(names)))
-    axes.set_xlim(0.0, 1.02)
+    axes.set_xlim(0.2, 1.02)
     axes.set_xlabel("AUC per patient, 95 % interval")
     axes.set_title("who trained the model", loc="left", fontweight="bold")
-    axes.legend(fontsize=8, frameon=False, loc="center left")
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def _bounds(axes: Axes, found: Found) -> None:
