@@ -23,7 +23,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import optimize, special
 
 Floats = NDArray[np.float64]
 DRAWS = 1000
@@ -115,12 +115,10 @@ def _hockey_stick(mean_p: float, std_p: float, mean_q: float, std_q: float, epsi
     a = (1 / std_q**2 - 1 / std_p**2) / 2
     b = mean_p / std_p**2 - mean_q / std_q**2
     c = (mean_q**2 / std_q**2 - mean_p**2 / std_p**2) / 2 + math.log(std_q / std_p) - epsilon
-    p, q = stats.norm(mean_p, std_p), stats.norm(mean_q, std_q)
 
     def value(low: float, high: float) -> float:
-        inside = float(p.cdf(high) - p.cdf(low)) if low < mean_p else float(p.sf(low) - p.sf(high))
-        other = float(q.cdf(high) - q.cdf(low)) if low < mean_q else float(q.sf(low) - q.sf(high))
-        return inside - math.exp(min(epsilon, 700.0)) * other
+        inside = _mass((low - mean_p) / std_p, (high - mean_p) / std_p)
+        return inside - math.exp(min(epsilon, 700.0)) * _mass((low - mean_q) / std_q, (high - mean_q) / std_q)
 
     if abs(a) < 1e-12:
         if b == 0:
@@ -132,3 +130,8 @@ def _hockey_stick(mean_p: float, std_p: float, mean_q: float, std_q: float, epsi
         return value(-math.inf, math.inf) if a > 0 else 0.0
     first, second = sorted(((-b - math.sqrt(inner)) / (2 * a), (-b + math.sqrt(inner)) / (2 * a)))
     return value(-math.inf, first) + value(second, math.inf) if a > 0 else value(first, second)
+
+
+def _mass(low: float, high: float) -> float:
+    """Standard normal mass of an interval, from the tail in which it lies."""
+    return float(special.ndtr(-low) - special.ndtr(-high) if low > 0 else special.ndtr(high) - special.ndtr(low))
