@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from client import agent_cli, approval_cli, connect_cli, doctor_cli, join_cli, recipes_cli
+from client import agent_cli, annex_cli, approval_cli, connect_cli, doctor_cli, join_cli, recipes_cli
 
 site = typer.Typer(
     name="site", help="At a hospital: join a consortium, check the data, read the privacy ledger.", no_args_is_help=True
@@ -22,6 +22,7 @@ connect_cli.add(site)
 approval_cli.add(site)
 recipes_cli.add(site)
 doctor_cli.add(site)
+annex_cli.add(site)
 
 Folder = Annotated[
     Path, typer.Argument(help="The site folder, the one that holds site.toml.", exists=True, file_okay=False)

@@ -58,6 +58,7 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "site status": ("folder",),
     "site connect": ("folder", "--outbound"),
     "site check": ("folder", "--schema"),
+    "site annex": ("folder", "plan", "--scores"),
     "site recipes": ("folder", "--out", "--proxy", "--gpu", "--outbound-port"),
     "site withdraw": ("folder", "patient", "--list"),
     "site ledger show": ("folder",),

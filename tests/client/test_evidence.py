@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from client import annex, evidence
+from client.annex_console import print_annex
 from client.enrolment import load_keys
 from client.policy import SiteConfig
 from client.records.standing import purge_caches
@@ -193,7 +194,7 @@ def test_dealt_labels_keep_the_number_of_hits(audited: Any, asked: dict[str, Any
 
 
 def test_the_annex_stays_sealed_at_the_site_and_goes_with_a_withdrawal(
-    study_finished: Any, study_copy: Callable[..., Any], tmp_path: Path
+    study_finished: Any, study_copy: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = study_copy(study_finished, tmp_path / "annex")
     site, config = study.site(SITE), SiteConfig.load(study.site(SITE))
@@ -208,6 +209,12 @@ def test_the_annex_stays_sealed_at_the_site_and_goes_with_a_withdrawal(
         sorted(found.pairs, key=lambda p: ([q.scope for q in found.pairs].index(p.scope), p.distance))
     )
     assert not any(name.encode() in path.read_bytes() for name in found.members)
+    assert print_annex(site, study.plan.hash[:9], tmp_path / "scores.csv") == 0
+    printed, rows = capsys.readouterr().out, (tmp_path / "scores.csv").read_text().splitlines()
+    assert found.pairs[0].patient in printed
+    assert len(rows) == 1 + 2 * config.site.declared_held_out
+    assert (tmp_path / "scores.csv").stat().st_mode & 0o777 == 0o600
+    assert print_annex(site, "no plan", None) == 1
     with pytest.raises(ValueError, match="no annex"):
         annex.read(site, study.plan.hash, b"k" * 32)
     purge_caches(site)
