@@ -286,9 +286,15 @@ def _about_sites(evidence: Evidence, judged: _Judged) -> Iterator[Fact]:
     else:
         by = {cover: sum(c.messages for c in evidence.crossings if c.cover == cover)
               for cover in ("DP", "public", "not covered")}  # fmt: skip
+        mixed = [query.query for query in evidence.uncovered if query.asked] if not by["not covered"] else []
+        outside = (
+            f"among them answers to {', '.join(mixed)}, which are outside the promise"
+            if mixed
+            else f"{by['not covered']} outside the promise"
+        )
         words = (
-            f"{by['DP']} messages under the promise, {by['public']} without patient data, {by['not covered']} outside the "
-            "promise, all of fixed kinds; no record, no image, no text."
+            f"{by['DP']} messages of noised sums, {outside}; {by['public']} without patient data. All are of fixed kinds: no "
+            "record, no image, no text."
         )
         yield _known("crossings", asked, words, "/evidence/crossings")
 

@@ -95,6 +95,18 @@ def test_scope_names_every_stage_and_every_query(report: dict[str, Any]) -> None
     assert scope["the gate"]["cover"] == "not covered"
 
 
+def test_audit_answers_that_travel_among_noised_sums_are_named(evidence_factory: Callable[..., Evidence]) -> None:
+    evidence = evidence_factory()
+    apart = build_report(evidence, POLICY)
+    mixed = build_report(
+        evidence.model_copy(update={"crossings": tuple(c for c in evidence.crossings if c.cover != "not covered")}),
+        POLICY,
+    )
+    said = [next(f["sentence"] for f in r["derived"]["facts"] if f["name"] == "crossings") for r in (apart, mixed)]
+    assert "5 outside the promise" in said[0]
+    assert "among them answers to audit, which are outside the promise" in said[1]
+
+
 def test_without_privacy_nothing_is_called_dp(
     evidence_factory: Callable[..., Evidence], promise_factory: Callable[..., Promise]
 ) -> None:
