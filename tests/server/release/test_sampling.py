@@ -65,7 +65,7 @@ def test_what_is_drawn_says_that_it_is_synthetic_and_is_read_back(
     public_model: PublicModel, schema: Schema, tmp_path: Path
 ) -> None:
     drawn = sample_to(public_model, Request(patients=3, steps=2), tmp_path / "out")
-    assert bundle.unmarked(tmp_path / "out") == ()
+    assert bundle.unmarked_cohort(tmp_path / "out") == ()
     again = read_cohort(tmp_path / "out", schema)
     assert again.ids == ("sub-SYN0001", "sub-SYN0002", "sub-SYN0003")
     assert torch.equal(again.present_BVI, drawn.present_BVI)
