@@ -13,7 +13,8 @@ Covered
 
 Not covered
     - Rotations above a few degrees, warps, and a copied part of a 2-D image: these are found only as far as what is left
-      is still alike. Detail finer than the working grid (64 a side for films, 32 for volumes).
+      is still alike. Detail finer than the working grid (64 a side for films, 32 for volumes): a single slice of more
+      than 32 is averaged with those beside it.
 """
 
 from __future__ import annotations
@@ -79,13 +80,13 @@ class Likeness:
 
     Attributes:
         shape: of the images as given.
-        step: pixels of the given image per pixel of the working grid, on every axis.
+        step: pixels of the given image per pixel of the working grid, along each axis.
         mean: (D, ...) mean of the reference, each image with zero mean and unit spread, on the working grid.
         coarse, sharp, slicewise: filters of features, of the registered comparison, and of single slices.
     """
 
     shape: tuple[int, ...]
-    step: int
+    step: tuple[int, ...]
     mean: Pixels
     coarse: _Filter
     sharp: _Filter
@@ -244,23 +245,25 @@ def _unit(features: Pixels, floor: float) -> Pixels:
     return np.asarray(features / np.maximum(np.maximum(sizes, floor), 1e-12), np.float32)
 
 
-def step_of(shape: tuple[int, ...]) -> int:
-    """Pixels per pixel of the working grid, for images of this shape."""
-    return math.ceil(max(shape) / SIDE[len(shape)])
+def step_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Pixels per pixel of the working grid along each axis, for images of this shape."""
+    return tuple(math.ceil(size / SIDE[len(shape)]) for size in shape)
 
 
-def reduced(images_N: npt.NDArray[np.generic], step: int) -> Pixels:
-    """Means of blocks of ``step`` pixels a side; the edge is repeated where it does not divide."""
+def reduced(images_N: npt.NDArray[np.generic], step: tuple[int, ...]) -> Pixels:
+    """Means of blocks of ``step`` pixels; the edge is repeated where they do not divide an axis."""
     out = np.asarray(images_N, np.float32)
-    for axis in range(1, out.ndim) if step > 1 else ():
-        short = -out.shape[axis] % step
+    for axis, width in enumerate(step, start=1):
+        if width == 1:
+            continue
+        short = -out.shape[axis] % width
         if short:
             out = np.pad(out, [(0, short if other == axis else 0) for other in range(out.ndim)], mode="edge")
-        out = out.reshape(*out.shape[:axis], -1, step, *out.shape[axis + 1 :]).mean(axis=axis + 1)
+        out = out.reshape(*out.shape[:axis], -1, width, *out.shape[axis + 1 :]).mean(axis=axis + 1)
     return out
 
 
-def _working(images_N: npt.NDArray[np.generic], step: int) -> Pixels:
+def _working(images_N: npt.NDArray[np.generic], step: tuple[int, ...]) -> Pixels:
     """Reduced to the working grid and standardised."""
     images = np.asarray(images_N, np.float32)
     if not np.isfinite(images).all():
