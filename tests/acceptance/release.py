@@ -105,8 +105,10 @@ def look(run: Path, work: Path) -> str:
     ]
     bundle = run / "bundle"
     if report["verdict"]["decision"] != "BLOCK":
-        key = next(iter(sorted(run.glob("coordinator*.pub"))), run / "coordinator.pub")
-        verified = sh([str(BIN / "medgen"), "release", "verify", str(bundle), "--key", str(key)], ok=False)
+        key = run / "coordinator" / "identity.pub"
+        verified = sh(
+            [str(BIN / "medgen"), "release", "verify", str(bundle), "--key", str(key), "--candidate"], ok=False
+        )
         said.append(f"release verify ends with {verified.returncode}: {_last(verified.stdout)}")
     if not made or frames.returncode != 0 or len(rules) < 9:
         raise Shortfall("; ".join(said))
