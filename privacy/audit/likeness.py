@@ -83,6 +83,7 @@ class Likeness:
         step: pixels of the given image per pixel of the working grid, along each axis.
         mean: (D, ...) mean of the reference, each image with zero mean and unit spread, on the working grid.
         coarse, sharp, slicewise: filters of features, of the registered comparison, and of single slices.
+        places_S: (slices, ...) mean of every slice of volumes, each with zero mean and unit spread.
     """
 
     shape: tuple[int, ...]
@@ -91,6 +92,7 @@ class Likeness:
     coarse: _Filter
     sharp: _Filter
     slicewise: _Filter | None
+    places_S: Pixels
 
     @classmethod
     def of(cls, reference_N: npt.ArrayLike) -> Likeness:
@@ -117,12 +119,14 @@ class Likeness:
             mean = work.mean(axis=0)
         grain = max(mean.shape) / 64
         rest = (work - mean) * _fade(mean.shape)
-        slices = None
+        slices, places = None, np.zeros((0, *mean.shape[:-1]), np.float32)
         if mean.ndim == 3:
-            flat = np.moveaxis(rest, -1, 1).reshape(-1, *mean.shape[:2])
-            slices = _Filter.of(flat, 2 * grain)
+            flat = np.moveaxis(work, -1, 0)
+            places = np.stack([_standard(own).mean(axis=0) for own in flat])
+            rests = [(_aligned(_standard(own), place) - place) for own, place in zip(flat, places, strict=True)]
+            slices = _Filter.of(np.concatenate(rests) * _fade(mean.shape[:2]), 2 * grain)
         shape = tuple(reference.shape[1:])
-        return cls(shape, step, mean, _Filter.of(rest, 2 * grain), _Filter.of(rest, 1.2 * grain), slices)
+        return cls(shape, step, mean, _Filter.of(rest, 2 * grain), _Filter.of(rest, 1.2 * grain), slices, places)
 
     @property
     def reach(self) -> int:
@@ -154,16 +158,19 @@ class Likeness:
         return _unit(thinned, self.coarse.floor * scale)
 
     def slices(self, view_N: Pixels) -> Pixels:
-        """(slices, N, F) features of every slice of volumes along the last axis."""
+        """(slices, N, F) features of every slice of volumes along the last axis, each moved onto its place by itself."""
         if self.slicewise is None:
             raise ValueError("only volumes have slices")
         every = max(1, max(self.mean.shape) // 16)
-        parts = []
-        for block in blocks(view_N):
-            flat = np.moveaxis(self.rest(block), -1, 0)
-            thinned = self.slicewise(flat.reshape(-1, *self.mean.shape[:2]))[:, ::every, ::every]
-            parts.append(thinned.reshape(self.mean.shape[2], len(block), -1))
-        found = np.concatenate(parts, axis=1)
+        out = []
+        for number, place in enumerate(self.places_S):
+            parts = []
+            for block in blocks(view_N[..., number]):
+                own = _standard(block)
+                rest = (_aligned(own, place) - place) * _fade(place.shape) * _there(own)
+                parts.append(self.slicewise(rest)[:, ::every, ::every].reshape(len(block), -1))
+            out.append(np.concatenate(parts))
+        found = np.stack(out)
         scale = math.sqrt(found.shape[2] / math.prod(self.mean.shape[:2]))
         return _unit(found, self.slicewise.floor * scale)
 
