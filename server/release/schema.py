@@ -11,6 +11,7 @@ closed (no unknown fields): it describes what that release writes, and ``version
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from pydantic_core import core_schema
 from server.release.document import Report
 
 FILE = "medgen.report-1.json"
+_ROLE = re.compile(r":[a-z]+:`~?([^`]+)`|``([^`]+)``")
+_ATTRIBUTE = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", flags=re.MULTILINE)
 
 
 class _WithWords(GenerateJsonSchema):
@@ -43,12 +46,27 @@ class _WithWords(GenerateJsonSchema):
 def report_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of what :func:`server.release.report.build_report` returns."""
     schema = Report.model_json_schema(mode="serialization", schema_generator=_WithWords)
+    for kind in (schema, *schema["$defs"].values()):
+        _describe(kind)
     return {
         "$schema": GenerateJsonSchema.schema_dialect,
         "$id": "urn:medgen:report:1",
         **schema,
         "title": "medgen release report, version 1",
     }
+
+
+def _describe(kind: dict[str, Any]) -> None:
+    """Move what a docstring says of each attribute to the property that it describes."""
+    text, _, attributes = _ROLE.sub(lambda found: found[1] or found[2], kind.get("description", "")).partition(
+        "\nAttributes:\n"
+    )
+    if text:
+        kind["description"] = " ".join(text.split())
+    for names, meaning in _ATTRIBUTE.findall(attributes):
+        for name in names.split(", "):
+            if name in kind.get("properties", {}):
+                kind["properties"][name]["description"] = " ".join(meaning.split())
 
 
 def schema_bytes() -> bytes:

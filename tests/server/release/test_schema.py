@@ -39,6 +39,16 @@ def test_the_published_file_is_what_the_types_say() -> None:
     assert PUBLISHED.read_bytes() == schema_bytes(), "run: python -m server.release.schema docs/schema"
 
 
+def test_the_schema_says_what_a_field_means() -> None:
+    kinds = report_schema()["$defs"]
+    assert kinds["Promise"]["properties"]["delta"]["description"] == "failure probability."
+    assert kinds["SiteSpend"]["properties"]["bytes_in"]["description"] == "bytes that the site received."
+    assert "trials, public constant" not in kinds["AttackCounts"]["description"]
+    words = json.dumps(report_schema())
+    assert "Attributes:" not in words
+    assert ":func:" not in words
+
+
 def test_a_whole_report_fits(validator: jsonschema.Draft202012Validator, report: dict[str, Any]) -> None:
     validator.validate(report)
     assert Report.model_validate(report).schema_version == report_schema()["properties"]["schema_version"]["const"]
