@@ -151,7 +151,7 @@ class Attacked:
     @functools.cached_property
     def _signals(self) -> dict[str, torch.Tensor]:
         """How much more the final core gives away than the public one, (B, S) by attack: patients' own difficulty cancels."""
-        queries, cap = Queries(seed=SEED), self.model.public.flow.cap
+        queries, cap = Queries(noises=1, seed=SEED), self.model.public.flow.cap
         final = signals(self.model.core, self._tokens, queries, cap).by_name()
         public = signals(self.model.public.core, self._public_tokens, queries, cap).by_name()
         return {name: value - public[name] for name, value in final.items()}

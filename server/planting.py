@@ -162,7 +162,7 @@ def _in_weights(
         for net, part in ((core, tokens), (model.public.core, before))
     ]
     after, start = (
-        signals(net, part, Queries(seed=SEED), flow.cap).by_name()
+        signals(net, part, Queries(noises=1, seed=SEED), flow.cap).by_name()
         for net, part in ((core, tokens), (model.public.core, before))
     )
     score: dict[str, Callable[[str], Floats]] = {
