@@ -9,9 +9,9 @@ rule, rate, steps and noise, at three hospitals of phantoms, with a smaller core
                  with each round's update, and with the whole run's: as the coordinator sees them, summed over three sites
                  under masks, and as it would without masks, site by site
 
-Controls, where an audit that works must find them: directions in the same run without noise, images after plain training on the
-same patients until they are known by heart. Beside each bound stand its ceiling, which perfect guesses would give, and what was
-accounted for the steps that ran.
+Controls, where an audit that works must find them: directions in the same run without noise; images after plain training on the
+same patients, by their AUC, because no bound from three hundred coins shows what weights of this size remember. Beside each
+bound stand its ceiling, which perfect guesses would give, and what was accounted for the steps that ran.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
 from client.rounds import anneal
@@ -46,7 +47,7 @@ from privacy.training import Prepare, train_round
 from server.planning import CORE, PublicFacts, dp_plan
 from server.study import StudyConfig
 from simulations import phantoms
-from simulations.benchmarks.runner import BenchResult, Row, collect
+from simulations.benchmarks.runner import BenchResult, Row, bootstrap_interval, collect
 from simulations.scenario import load_scenario
 
 View = Literal["masked sum of three sites", "site by site, without masks"]
@@ -54,7 +55,7 @@ VIEWS: tuple[View, ...] = ("masked sum of three sites", "site by site, without m
 Floats = NDArray[np.float64]
 DIRECTION = "direction:"
 LOSS_DRAWS, LOSS_SEED = 8, 20210
-FIT_THRESHOLDS = (0.0, 0.02, 0.05, 0.1)  # of the gain in log loss
+FIT_THRESHOLDS = (0.0, 0.05, 0.1, 0.2)  # of the gain in log loss beyond the median canary's
 COSINE_THRESHOLDS = (0.0, 1.0, 2.0, 3.0)  # in units in which an absent direction scores N(0, 1)
 FOUND = 0.8  # of the ceiling: what bounds must show where there is no noise
 
@@ -258,7 +259,7 @@ def records(sites: Sequence[Site]) -> TokenBatch:
 
 def overfitted(public: PublicModel, sites: Sequence[Site], sizes: Sizes, seed: int) -> dict[str, Tensor]:
     """Weights after plain training on everybody who was enrolled: no clip, no noise."""
-    config = dataclasses.replace(sizes.pretrain, steps=sizes.control_steps)
+    config = dataclasses.replace(sizes.pretrain, steps=sizes.control_steps, core=public.core.config)
     core = train_core(public.layout, records(sites), config, seed, start=public.core)
     return trainable(core, "all")
 
@@ -278,16 +279,31 @@ def moved(weights: Mapping[str, Tensor], change: NDArray[np.float32]) -> dict[st
 
 
 def image_openings(plan: DPPlan, public: PublicModel, sites: Sequence[Site], final: dict[str, Tensor]) -> list[Opening]:
-    """Per site: how much lower the log loss of each image canary is than before training."""
+    """Per site: how much more the log loss of each image canary fell in training than the median canary's."""
     after = with_weights(public.core, final)
     found = []
     for number, site in enumerate(sites):
-        logs = [
+        before, now = (
             fixed_losses(core, site.images, public.flow, LOSS_DRAWS, LOSS_SEED).double().log().numpy()
             for core in (public.core, after)
-        ]
-        found.append(Opening(f"site-{number}", site.images_in, logs[0] - logs[1], _ran(plan)))
+        )
+        gain = before - now
+        found.append(Opening(f"site-{number}", site.images_in, gain - np.median(gain), _ran(plan)))
     return found
+
+
+def auc(openings: Sequence[Opening]) -> tuple[float, tuple[float, float]]:
+    """Chance that an enrolled canary scores above an absent one, with its interval over canaries drawn again."""
+    scores_D = np.concatenate([opening.scores_D for opening in openings])
+    coins_D = np.concatenate([opening.enrolled_D for opening in openings])
+
+    def of(rows: NDArray[np.int64]) -> float:
+        inside, outside = scores_D[rows][coins_D[rows]], scores_D[rows][~coins_D[rows]]
+        if not inside.size or not outside.size:
+            return math.nan
+        return float(stats.mannwhitneyu(inside, outside).statistic / (inside.size * outside.size))
+
+    return of(np.arange(scores_D.size)), bootstrap_interval(of, scores_D.size, LOSS_SEED)
 
 
 def direction_openings(
@@ -318,8 +334,9 @@ def judged(plan: DPPlan, openings: Sequence[Opening], thresholds: tuple[float, .
 def _rows(
     plan: DPPlan, public: PublicModel, sites: Sequence[Site], transcript: Transcript, rng: np.random.Generator
 ) -> list[Row]:
-    images = judged(plan, image_openings(plan, public, sites, transcript.final), FIT_THRESHOLDS)
-    out = _bound_rows("image canaries, final weights", images, plan)
+    shown = image_openings(plan, public, sites, transcript.final)
+    out = _bound_rows("image canaries, final weights", judged(plan, shown, FIT_THRESHOLDS), plan)
+    out.append(_auc_row("image canaries, final weights: AUC", shown))
     for view in VIEWS:
         for whole, words in ((False, "each round"), (True, "the whole run")):
             openings = direction_openings(plan, sites, transcript, view, whole)
@@ -363,20 +380,23 @@ def _control(
     plan: DPPlan, public: PublicModel, sites: Sequence[Site], bare: Transcript, plain: dict[str, Tensor]
 ) -> list[Row]:
     """Without noise everything must be found; ``plan`` still says what would have been accounted with it."""
-    short = judged(plan, image_openings(plan, public, sites, bare.final), FIT_THRESHOLDS)
-    known = judged(plan, image_openings(plan, public, sites, plain), FIT_THRESHOLDS)
+    short, known = (image_openings(plan, public, sites, weights) for weights in (bare.final, plain))
+    _, (low, high) = auc(known)
     out = [
-        Row(
-            measure="without noise, as few steps: image canaries, final weights: one-run lower bound",
-            value=short.one_run,
-            peers={"ceiling": short.one_run_ceiling, "f-DP": short.f_dp},
+        _auc_row("without noise, as few steps: image canaries, final weights: AUC", short),
+        Row.at_least(
+            "plain training: image canaries, final weights: lower end of the AUC", low, 0.5, peers={"upper end": high}
         ),
-        _found_row("plain training: image canaries, final weights", known),
     ]
     for view in VIEWS:
         shown = judged(plan, direction_openings(plan, sites, bare, view, whole=True), COSINE_THRESHOLDS)
         out.append(_found_row(f"without noise: directions, cosines with the whole run, {view}", shown))
     return out
+
+
+def _auc_row(name: str, openings: Sequence[Opening]) -> Row:
+    value, interval = auc(openings)
+    return Row(measure=name, value=value, interval=interval)
 
 
 def _found_row(name: str, found: TrainingBounds) -> Row:

@@ -14,6 +14,7 @@ from medgen_models.flow import make_unit_loss
 from medgen_models.pretrain import pretrain
 from medgen_models.public_model import PublicModel
 from medgen_models.schema import IMAGE_KINDS
+from privacy.audit.in_training import Opening
 from privacy.gradients import raw_gradients
 from privacy.noise import test_noise
 from server.study import StudyConfig
@@ -23,6 +24,7 @@ from simulations.benchmarks.audit_twin import (
     VIEWS,
     Sizes,
     Transcript,
+    auc,
     direction_openings,
     flat,
     judged,
@@ -123,6 +125,14 @@ def test_without_noise_directions_are_found_and_an_absent_one_scores_as_chance(
             assert judged(plan, openings, audit_twin.COSINE_THRESHOLDS).refuted
 
 
+def test_the_auc_counts_pairs() -> None:
+    """By hand: of two enrolled and two absent canaries three pairs of four stand right."""
+    opening = Opening("a", np.array([True, True, False, False]), np.array([3.0, 1.0, 2.0, 0.0]), {})
+    value, (low, high) = auc([opening])
+    assert value == 0.75
+    assert low <= value <= high
+
+
 def test_one_site_hides_among_three(sites: list[Any], config: StudyConfig, public: PublicModel) -> None:
     """By hand: each site's update is one enrolled direction; summed over three, its cosine is 1 over root 3."""
     firsts = [np.flatnonzero(site.directions_in)[0] for site in sites]
@@ -142,7 +152,7 @@ def test_rows_hold_estimate_ceiling_and_promise(
     monkeypatch.setattr(audit_twin, "pretrain", lambda *_: public)
     monkeypatch.setattr(audit_twin, "make_site", lambda *_: next(made))
     rows = audit_twin.rows(TINY, test_noise("rows"), 3, config)
-    assert len(rows) == 2 + 4 * 3 + 4
+    assert len(rows) == 3 + 4 * 3 + 4
     estimates = [row for row in rows if row.measure.endswith("estimate of epsilon")]
     assert len(estimates) == 4
     for row in estimates:
@@ -152,5 +162,7 @@ def test_rows_hold_estimate_ceiling_and_promise(
     bounds = [row for row in rows if "may not pass" in row.measure]
     assert all(row.holds for row in bounds)
     assert all((row.peers["ceiling"] or 0) > 0 for row in bounds)
-    assert [row.holds for row in rows[-2:]] == [True, True]  # directions are found where there is no noise
+    assert all(
+        (row.value or 0) > 0 for row in rows[-2:]
+    )  # directions show where there is no noise, already in four steps
     assert dataclasses.asdict(audit_twin.SIZES)["members"] < 100
