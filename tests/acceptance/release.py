@@ -211,7 +211,9 @@ LINES: dict[str, Check] = {
     "standalone": suite(
         "medgen audit run on tables, images and both; bad input refused by name or marked invalid",
         f"{AUDIT}/test_standalone.py",
+        f"{AUDIT}/test_image_audit.py",
         "tests/server/test_audit_run.py",
+        "tests/server/test_audit_images.py",
     ),
     # -- figures -------------------------------------------------------------------------------------------------------
     "fixtures": bench(
