@@ -13,7 +13,7 @@ import numpy as np
 from privacy.audit.message import PAIRS, SIDES, UNJUDGED, WORST, Part, in_groups, unpack, vector_length, worst_of
 from privacy.audit.parts import split
 from privacy.audit.patient_risks import knows
-from privacy.boundary.plan import JOINT, Attack, StudyPlan
+from privacy.boundary.plan import JOINT, Attack, PatientGroup, StudyPlan
 from server.aggregation import Ask, StudyError
 from server.planning import AUDIT
 from server.release.attack_evidence import FEWEST_TRIALS, Access, AttackCounts, RiskCounts, Subgroup
@@ -205,7 +205,23 @@ def _decode(plan: StudyPlan, values: np.ndarray, sites: tuple[str, ...], outcome
             pairs=audit.pairs * len(sites),
             sites=sites,
         )
-    return AuditResult(tuple(attacks), utility, sites, 1, "", tuple(null), tuple(risks), tuple(groups))
+    hidden = second_suppression(audit.groups, groups)
+    return AuditResult(tuple(attacks), utility, sites, 1, "", tuple(null), tuple(risks), hidden)
+
+
+def second_suppression(planned: Sequence[PatientGroup], groups: Sequence[Subgroup]) -> tuple[Subgroup, ...]:
+    """Groups such that no suppressed one is what is left when the others of its column are taken from the whole.
+
+    Where one group of a column is suppressed, the smallest of the others is suppressed with it.
+    """
+    found = {group.name: group for group in groups}
+    for column in dict.fromkeys(group.column for group in planned):
+        own = [found[group.name] for group in planned if group.column == column]
+        shown = [group for group in own if not group.suppressed]
+        if len(own) - len(shown) == 1 and shown:
+            smallest = min(shown, key=lambda group: min(group.trials_member or 0, group.trials_held_out or 0))
+            found[smallest.name] = Subgroup(name=smallest.name)
+    return tuple(found.values())
 
 
 def trials_of(plan: StudyPlan, site: str) -> int:

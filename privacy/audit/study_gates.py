@@ -99,7 +99,10 @@ def easiest(found: Mapping[str, ThresholdCounts] | None, policy: GatePolicy) -> 
 def group(name: str, found: Mapping[str, ThresholdCounts] | None, policy: GatePolicy) -> Finding:
     """One group of patients: suppressed is HOLD, large enough is judged as everybody is, and between the two is told."""
     if not found:
-        words = "Suppressed: fewer than 11 members or held-out patients, so nobody knows what attacks do to them."
+        words = (
+            "Suppressed: fewer than 11 members or held-out patients in it, or in a group that could be had by subtraction, "
+            "so nobody knows what attacks do to them."
+        )
         return Finding("G6 outliers", name, "HOLD", None, words)
     joint = policy.model_copy(update={"confidence": joint_confidence(policy, len(found))})
     findings = [gates.membership(attack, counts, joint) for attack, counts in found.items()]

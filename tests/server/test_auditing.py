@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from privacy.audit.message import WORST, places, unpack, vector_length, worst_of
-from server.auditing import ABOUT, attack_cohort, decode, times_asked
+from privacy.boundary.plan import PatientGroup
+from server.auditing import ABOUT, attack_cohort, decode, second_suppression, times_asked
 from server.publishing import outcome_of
+from server.release.attack_evidence import Subgroup
 
 
 def final(study: Any) -> dict[str, Any]:
@@ -68,6 +70,18 @@ def test_groups_are_suppressed_by_trials_and_never_by_hits(study_prepared: Any) 
         # four sites of two held-out patients: one of each is the worst tenth, four in all
         assert 4 * worst_of(2) == 4 < 11
         assert shown[WORST].suppressed
+
+
+def test_no_suppressed_group_is_the_rest_of_the_others() -> None:
+    """The whole is public, so one group alone could be had by subtraction."""
+    planned = [PatientGroup(column="age", low=low, high=low + 20.0) for low in (20.0, 40.0, 60.0)]
+    sizes = {planned[0].name: None, planned[1].name: 40, planned[2].name: 90}
+    groups = [Subgroup(name=name, trials_member=size, trials_held_out=size) for name, size in sizes.items()]
+    again = second_suppression(planned, [Subgroup(name="worst decile"), *groups])
+    assert [group.suppressed for group in again] == [True, True, True, False]
+    whole = [group.model_copy(update={"trials_member": 30, "trials_held_out": 30}) for group in groups]
+    assert second_suppression(planned, whole) == tuple(whole)
+    assert second_suppression(planned, groups[:1] + [Subgroup(name=g.name) for g in groups[1:]])[0].suppressed
 
 
 def test_trials_are_public_numbers_of_the_plan(study_prepared: Any) -> None:
