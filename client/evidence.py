@@ -36,8 +36,9 @@ from privacy.audit.mixed import Columns
 from privacy.audit.parts import PartsManifest, assemble
 from privacy.audit.patient_risks import Worked, try_risk
 from privacy.audit.population import POPULATION_FILE, Lens, Population
+from privacy.boundary.audit import Audit, PatientGroup
 from privacy.boundary.messages import RoundTask
-from privacy.boundary.plan import Audit, PatientGroup, StudyPlan
+from privacy.boundary.plan import StudyPlan
 from privacy.boundary.refusals import Refused
 from privacy.ledger import UncoveredToken
 from privacy.tokens import need_charge

@@ -24,7 +24,7 @@ from privacy.audit.attacks import copied, nearest_neighbour_score, token_distanc
 from privacy.audit.cohort_attacks import cohort_score, recognisable
 from privacy.audit.population import Features, Lens
 from privacy.audit.validity import blind_scores
-from privacy.boundary.plan import JOINT, Attack
+from privacy.boundary.audit import JOINT, Attack
 from privacy.boundary.refusals import Refused
 
 Floats = NDArray[np.float64]

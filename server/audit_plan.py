@@ -12,7 +12,7 @@ from medgen_models.schema import IMAGE_KINDS, Column, Schema
 from privacy.audit.cohort_attacks import COHORT_ATTACKS, THRESHOLDS
 from privacy.audit.in_training import design
 from privacy.audit.validity import BLIND_THRESHOLDS
-from privacy.boundary.plan import JOINT, Attack, Audit, PatientGroup, PlannedRisk
+from privacy.boundary.audit import JOINT, Attack, Audit, PatientGroup, PlannedRisk
 from privacy.plan import DPPlan
 from server.study import StudyConfig
 

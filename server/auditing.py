@@ -13,7 +13,8 @@ import numpy as np
 from privacy.audit.message import PAIRS, SIDES, UNJUDGED, WORST, Part, in_groups, unpack, vector_length, worst_of
 from privacy.audit.parts import split
 from privacy.audit.patient_risks import knows
-from privacy.boundary.plan import JOINT, Attack, PatientGroup, StudyPlan
+from privacy.boundary.audit import JOINT, Attack, PatientGroup
+from privacy.boundary.plan import StudyPlan
 from server.aggregation import Ask, StudyError
 from server.planning import AUDIT
 from server.release.attack_evidence import FEWEST_TRIALS, Access, AttackCounts, RiskCounts, Subgroup

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from privacy.audit.in_training import Coins, Opening, TrainingBounds, bounds, count
+from privacy.boundary.audit import Canaries
 from privacy.boundary.messages import CanaryOpening, CanaryRequest, Refusal, Reply
-from privacy.boundary.plan import Canaries
 from privacy.boundary.signing import sign_canary_request
 from server.checkpoints import Arrays
 from server.release.attack_evidence import PooledCanaries, SiteCanaries, TrainingAudit

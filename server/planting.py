@@ -27,7 +27,8 @@ from privacy.audit.attacks import counts_at, nearest_neighbour_score, token_dist
 from privacy.audit.cohort_attacks import COHORT_ATTACKS, cohort_score
 from privacy.audit.mixed import Columns
 from privacy.audit.population import MOST, Features, Lens, Population, there
-from privacy.boundary.plan import JOINT, Attack, StudyPlan
+from privacy.boundary.audit import JOINT, Attack
+from privacy.boundary.plan import StudyPlan
 from server.release.attack_evidence import Access, AttackCounts
 
 Floats = NDArray[np.float64]

@@ -12,7 +12,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from privacy.audit.gates import GatePolicy
-from privacy.boundary.plan import PatientGroup
+from privacy.boundary.audit import PatientGroup
 
 
 class _Public(BaseModel):

@@ -22,7 +22,7 @@ from privacy.audit.discriminator import classifier_score
 from privacy.audit.mixed import Floats, Scale, distance_blocks
 from privacy.audit.neighbours import nearest_ratio_score
 from privacy.audit.population import Features, Lens, there
-from privacy.boundary.plan import JOINT
+from privacy.boundary.audit import JOINT
 
 CohortAttack = Literal["domias", "gen-lra", "classifier", "nearest-ratio"]
 COHORT_ATTACKS: tuple[CohortAttack, ...] = get_args(CohortAttack)

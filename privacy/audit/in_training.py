@@ -43,7 +43,7 @@ from privacy.audit.one_run import (
     best_one_run_lower_bound,
 )
 from privacy.audit.tradeoff import epsilon_of_mu
-from privacy.boundary.plan import Canaries
+from privacy.boundary.audit import Canaries
 from privacy.chain import canonical
 from privacy.noise import NoiseSource
 from privacy.plan import DPPlan

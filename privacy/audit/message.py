@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from privacy.boundary.plan import JOINT, Attack, Audit
+from privacy.boundary.audit import JOINT, Attack, Audit
 
 Side = Literal["member", "held-out", "baseline"]
 Part = Literal["hits", "null", "risk", "trials", "group", "pairs"]

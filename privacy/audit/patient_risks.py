@@ -26,7 +26,7 @@ from privacy.audit.mixed import Columns, Floats, Scale
 from privacy.audit.neighbours import inferred, linked
 from privacy.audit.population import Features, Lens, there
 from privacy.audit.predicates import Predicate, blind, meets, multivariate
-from privacy.boundary.plan import PlannedRisk
+from privacy.boundary.audit import PlannedRisk
 
 SEED = 20212  # of predicates, halves and ties: public, the same for every site
 Bools = npt.NDArray[np.bool_]

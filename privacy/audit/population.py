@@ -28,7 +28,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from privacy.audit.mixed import Columns, Floats, Kind
-from privacy.boundary.plan import JOINT
+from privacy.boundary.audit import JOINT
 
 Features = Mapping[str, Floats]
 """Slot -> (P, D): a patient's numbers of it, all NaN where there is no record."""

@@ -37,7 +37,7 @@ from medgen_models.schema import IMAGE_KINDS, PatientBatch, Schema
 from medgen_models.tokens import TokenBatch
 from privacy.audit.in_training import GUESSED, Opening, TrainingBounds, bounds, count
 from privacy.audit.transcript import Estimate, directions, estimate, scores
-from privacy.boundary.plan import Canaries
+from privacy.boundary.audit import Canaries
 from privacy.gradients import UnitLoss
 from privacy.noise import NoiseSource, system_noise
 from privacy.plan import DPPlan

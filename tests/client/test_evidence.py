@@ -24,8 +24,8 @@ from medgen_models.schema import PatientBatch
 from privacy.audit.attacks import counts_at
 from privacy.audit.message import PAIRS, pack, unpack, vector_length
 from privacy.audit.parts import split
+from privacy.boundary.audit import PatientGroup
 from privacy.boundary.messages import MaskedAnswer, PartPut, UnmaskAnswer
-from privacy.boundary.plan import PatientGroup
 
 SITE = "alder-university"
 

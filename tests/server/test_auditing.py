@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from privacy.audit.message import WORST, places, unpack, vector_length, worst_of
-from privacy.boundary.plan import PatientGroup
+from privacy.boundary.audit import PatientGroup
 from server.auditing import ABOUT, attack_cohort, decode, second_suppression, times_asked
 from server.publishing import outcome_of
 from server.release.attack_evidence import Subgroup

@@ -11,7 +11,7 @@ import pytest
 
 from privacy.audit.canaries import log_likelihood_ratio
 from privacy.audit.in_training import Coins, Opening, TrainingBounds, bounds, count, design, draw_coins, lower_bounds
-from privacy.boundary.plan import Canaries
+from privacy.boundary.audit import Canaries
 from privacy.noise import system_noise, test_noise
 from privacy.plan import DPPlan, TrainingStage
 

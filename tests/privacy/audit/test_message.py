@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from privacy.audit.message import PAIRS, Key, pack, places, unpack, vector_length, worst_of
-from privacy.boundary.plan import Attack, Audit, PatientGroup, PlannedRisk
+from privacy.boundary.audit import Attack, Audit, PatientGroup, PlannedRisk
 
 AUDIT = Audit(
     attacks=(

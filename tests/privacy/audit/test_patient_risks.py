@@ -10,7 +10,7 @@ from privacy.audit.patient_risks import Worked, knows, picked, try_risk
 from privacy.audit.population import Features, Lens, Population
 from privacy.audit.predicates import Condition
 from privacy.audit.risks import judge
-from privacy.boundary.plan import PlannedRisk
+from privacy.boundary.audit import PlannedRisk
 
 COLUMNS = {
     "mri": Columns(tuple(f"token {i}" for i in range(8)), ("numeric",) * 8),
