@@ -42,6 +42,7 @@ PUBLIC = {
     "privacy/audit/table_gates.py": "published counts",
     "privacy/audit/one_run.py": "coins and counts that are published or stay at the coordinator",
     "privacy/audit/transcript.py": "cosines of made-up canaries",
+    "privacy/boundary/audit.py": "numbers of guesses in the plan",
     "privacy/boundary/plan.py": "declared numbers of the roster",
     "privacy/gradients.py": "times of a trial on made-up patients",
     "privacy/ledger.py": "rows of the ledger",
