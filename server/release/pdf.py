@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from PIL import ImageFile
+
 VARIANT: Literal["pdf/a-3a"] = "pdf/a-3a"
 
 
@@ -28,7 +30,7 @@ def render_pdf(html: str) -> bytes:
         ValueError: something in the page could not be drawn.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _damaged_pictures_stay_errors():
             warnings.simplefilter("ignore", DeprecationWarning)  # of optional libraries, at import
             import weasyprint
             from weasyprint.urls import URLFetcher
@@ -49,6 +51,16 @@ def render_pdf(html: str) -> bytes:
             pdf_identifier=hashlib.sha256(html.encode()).digest()[:16], pdf_variant=VARIANT, pdf_tags=True
         )
     return body
+
+
+@contextmanager
+def _damaged_pictures_stay_errors() -> Iterator[None]:
+    """WeasyPrint tells Pillow, for the whole process, to read pictures that are cut off; a hospital's films may not be read so."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 @contextmanager

@@ -192,7 +192,8 @@ def test_a_round_gives_back_trained_parameters_and_their_moments_and_nothing_els
         speed=Speed("expand", chunk=2),
         noise=system_noise(),
     )
-    assert set(vars(outcome)) == {"params", "optimizer_state", "steps", "deterministic"}
+    assert set(vars(outcome)) == {"params", "optimizer_state", "steps", "deterministic", "spare_TD"}
+    assert outcome.spare_TD is None  # noised sums over canaries, of whom there are none here
     assert set(outcome.params) == set(trained)
     assert set(outcome.optimizer_state) == {f"{moment}:{name}" for moment in MOMENTS for name in trained}
     assert all(value.shape == trained[name].shape for name, value in outcome.params.items())
@@ -206,6 +207,7 @@ STATISTICS = {
     "unique", "nunique", "value_counts", "bincount", "histogram", "fit", "fit_transform", "compute_scale_factor",
 }  # fmt: skip
 PER_RECORD = {
+    ("client/scoring.py", "min"): "distance of one patient to the nearest synthetic one, in the annex that stays",
     ("client/records/images.py", "min"): "window and constancy of one image",
     ("client/records/images.py", "max"): "window and constancy of one image",
     ("client/records/images.py", "mean"): "share of one image's voxels that are finite, in a message that stays",

@@ -203,7 +203,7 @@ def test_checkpoints_weights_and_bundle_name_the_heads_that_are_in_them(
             assert ledger.holds(head)
             assert ledger.rows()[head.seq - 1].kind in ("intent", "uncovered")
     told = {site: str(head) for site, head in heads.items()}
-    assert bundle.read_manifest(study_finished.folder.bundle).ledger_heads == told
+    assert bundle.read_signed(study_finished.folder.bundle).statement.predicate.ledger_heads == told
     assert load_release_model(study_finished.folder.bundle / "model").facts["ledger_heads"] == told
 
 
