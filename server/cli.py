@@ -19,11 +19,11 @@ study_cli.add(study_app)
 doctor_cli.add(server_app)
 recipes_cli.add(server_app)
 
-release = typer.Typer(
-    name="release", help="Build, sign, verify and revoke a release bundle.", no_args_is_help=True
-)
+release = typer.Typer(name="release", help="Build, sign, verify and revoke a release bundle.", no_args_is_help=True)
 release_cli.add(release)
-audit = typer.Typer(name="audit", help="Attack synthetic tables and images; read what attacks found.", no_args_is_help=True)
+audit = typer.Typer(
+    name="audit", help="Attack synthetic tables and images; read what attacks found.", no_args_is_help=True
+)
 audit_cli.add(audit)
 report_cli.add(audit)
 

@@ -69,7 +69,9 @@ def run_scenario(request: Request) -> int:
     console.print(f"report  {folder.report_html}")
     if folder.bundle.is_dir():
         console.print(f"bundle  {folder.bundle}")
-        console.print(f"verify  medgen release verify {folder.bundle} --key {folder.coordinator / 'identity.pub'} --candidate")
+        console.print(
+            f"verify  medgen release verify {folder.bundle} --key {folder.coordinator / 'identity.pub'} --candidate"
+        )
     return 0
 
 

@@ -158,13 +158,23 @@ def test_thresholds_were_fixed_before_anybody_looked(study_prepared: Any) -> Non
     assert not audit.risks
     whole = study_prepared.plan.audit
     assert list(dict.fromkeys(attack.name for attack in whole.attacks)) == weights + cohort + files
-    assert {attack.scope for attack in whole.attacks if attack.name == "domias"} == {"joint", "mri", "pet", "ehr", "vitals"}
+    assert {attack.scope for attack in whole.attacks if attack.name == "domias"} == {
+        "joint",
+        "mri",
+        "pet",
+        "ehr",
+        "vitals",
+    }
     assert {attack.scope for attack in whole.attacks if attack.name == "recognition"} == {"mri", "pet"}
     assert [risk.attack for risk in whole.risks if risk.main] == [
         "multivariate predicates", "halves of the row, 1 nearest", "outcome",
     ]  # fmt: skip
     assert {risk.slot for risk in whole.risks if risk.risk == "linkability"} == {None, "mri", "pet"}
-    assert [group.name for group in whole.groups][:3] == ["age_years 18 to 40", "age_years 40 to 65", "age_years 65 to 101"]
+    assert [group.name for group in whole.groups][:3] == [
+        "age_years 18 to 40",
+        "age_years 40 to 65",
+        "age_years 65 to 101",
+    ]
     assert whole.policy == GatePolicy().model_dump(mode="json")
     assert audit.attacks[0].thresholds == LOSS_THRESHOLDS
     assert (len(LOSS_THRESHOLDS), LOSS_THRESHOLDS[0], LOSS_THRESHOLDS[-1]) == (161, -8.0, 8.0)

@@ -71,7 +71,9 @@ def test_no_evidence_at_all(evidence_factory: Make) -> None:
     assert found.decision == "HOLD"
     assert not found.private
     assert found.sentence.startswith("NOT PRIVATE")
-    assert {f.status for f in found.findings if f.subject not in ("attempts", "not covered", "canaries in training")} == {"HOLD"}
+    assert {
+        f.status for f in found.findings if f.subject not in ("attempts", "not covered", "canaries in training")
+    } == {"HOLD"}
 
 
 def test_an_attack_without_a_control_group_is_held(
