@@ -9,8 +9,8 @@ rule, rate, steps and noise, at three hospitals of phantoms, with a smaller core
                  with each round's update, and with the whole run's: as the coordinator sees them, summed over three sites
                  under masks, and as it would without masks, site by site
 
-Controls, where an audit that works must find them: directions in the same run without noise; images after plain training on the
-same patients, by their AUC, because no bound from three hundred coins shows what weights of this size remember. Beside each
+Controls, where an audit that works must find them: directions in the same run without noise; images after plain training on
+them alone, by their AUC, because no bound from three hundred coins shows what weights of this size remember. Beside each
 bound stand its ceiling, which perfect guesses would give, and what was accounted for the steps that ran.
 """
 
@@ -79,7 +79,7 @@ class Sizes:
     batch: int = 32
     width: int = 32
     layers: int = 2
-    control_steps: int = 600
+    control_steps: int = 1500
 
     @property
     def pretrain(self) -> PretrainConfig:
@@ -258,9 +258,10 @@ def records(sites: Sequence[Site]) -> TokenBatch:
 
 
 def overfitted(public: PublicModel, sites: Sequence[Site], sizes: Sizes, seed: int) -> dict[str, Tensor]:
-    """Weights after plain training on everybody who was enrolled: no clip, no noise."""
+    """Weights after plain training on the enrolled image canaries alone: no clip, no noise, nobody to hide among."""
     config = dataclasses.replace(sizes.pretrain, steps=sizes.control_steps, core=public.core.config)
-    core = train_core(public.layout, records(sites), config, seed, start=public.core)
+    alone = [dataclasses.replace(site, members=site.members.select([])) for site in sites]
+    core = train_core(public.layout, records(alone), config, seed, start=public.core)
     return trainable(core, "all")
 
 
@@ -385,7 +386,10 @@ def _control(
     out = [
         _auc_row("without noise, as few steps: image canaries, final weights: AUC", short),
         Row.at_least(
-            "plain training: image canaries, final weights: lower end of the AUC", low, 0.5, peers={"upper end": high}
+            "plain training on them alone: image canaries, final weights: lower end of the AUC",
+            low,
+            0.5,
+            peers={"upper end": high},
         ),
     ]
     for view in VIEWS:
