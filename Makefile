@@ -52,7 +52,9 @@ accept-models: install
 accept-consortium: install
 	$(BIN)/python tests/acceptance/consortium.py $(if $(LINES),--lines $(LINES)) $(if $(WORK),--work $(WORK))
 
+# Also looks at PDFs, so it installs the extra that draws them.
 accept-release: install
+	$(BIN)/pip install --quiet --editable '.[dev,pdf]'
 	$(BIN)/python tests/acceptance/release.py $(if $(LINES),--lines $(LINES)) $(if $(WORK),--work $(WORK))
 
 accept-deployment: install
