@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import math
 import warnings
@@ -156,7 +157,7 @@ def _folder(folder: Path) -> list[_Named]:
             owner = listed.pop(name, "") or _subject(path.relative_to(folder))
             if not owner and path.suffix == ".dcm":
                 owner = _dicom_patient(path)
-            out.append(_Named(str(path), owner, lambda path=path: _read(path)))  # type: ignore[misc]
+            out.append(_Named(str(path), owner, functools.partial(_read, path)))
     if listed:
         raise ValueError(f"{folder / LISTING}: {next(iter(listed))} is not there; correct the list")
     return out
@@ -232,7 +233,7 @@ def _archive(path: Path) -> list[_Named]:
         )
     names = [""] * len(images) if owners is None else [str(owner).strip().removeprefix("sub-") for owner in owners]
     return [
-        _Named(f"{path}: image {i + 1}", owner, lambda own=own: own)  # type: ignore[misc]
+        _Named(f"{path}: image {i + 1}", owner, functools.partial(np.asarray, own))
         for i, (own, owner) in enumerate(zip(images, names, strict=True))
     ]
 

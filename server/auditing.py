@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from privacy.audit.message import PAIRS, SIDES, UNJUDGED, WORST, Part, in_groups, unpack, vector_length, worst_of
 from privacy.audit.parts import split
@@ -121,7 +122,7 @@ def times_asked(session: Session) -> int:
     return min(len(asked), session.plan.audit.cap)
 
 
-def decode(plan: StudyPlan, values: np.ndarray, sites: tuple[str, ...], outcome: str) -> AuditResult:  # type: ignore[type-arg]
+def decode(plan: StudyPlan, values: NDArray[np.float64], sites: tuple[str, ...], outcome: str) -> AuditResult:
     """The summed vector as counts per attack; sums that no honest sites can have sent are no result, and said to be none."""
     try:
         return _decode(plan, values, sites, outcome)
@@ -129,7 +130,7 @@ def decode(plan: StudyPlan, values: np.ndarray, sites: tuple[str, ...], outcome:
         return AuditResult((), None, sites, 1, "the summed counts contradict themselves, so a site sent nonsense")
 
 
-def _decode(plan: StudyPlan, values: np.ndarray, sites: tuple[str, ...], outcome: str) -> AuditResult:  # type: ignore[type-arg]
+def _decode(plan: StudyPlan, values: NDArray[np.float64], sites: tuple[str, ...], outcome: str) -> AuditResult:
     """The summed vector as counts, in the order of the plan."""
     audit = plan.audit
     found = unpack(audit, values)

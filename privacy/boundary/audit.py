@@ -119,7 +119,8 @@ class Audit(_Public):
         predicates: conditions that the singling-out attack tries.
         tolerance: absolute error, in spans of the column, at which a number counts as told.
         groups: patients on whom the joint attacks are counted by themselves.
-        fewest: patients of a group, of members and of held-out patients, below which a site says nothing of the group.
+        fewest: patients of a group, of members and of held-out patients, below which a site says nothing of the group;
+            no plan may ask for fewer than four, which over three sites is more than eleven.
         policy: thresholds of the release gate, as the privacy room writes them.
         cap: most queries outside the guarantee (*not covered*) that one site answers for this plan.
         pairs: pre-drawn pairs behind a concordance (utility) figure.
@@ -133,7 +134,7 @@ class Audit(_Public):
     predicates: int = Field(default=32, ge=1, le=10_000)
     tolerance: float = Field(default=0.05, ge=0, lt=1)
     groups: tuple[PatientGroup, ...] = Field(default=(), max_length=64)
-    fewest: int = Field(default=4, ge=1)
+    fewest: int = Field(default=4, ge=4)
     policy: dict[str, JsonValue] = Field(default_factory=dict)
     cap: int = Field(default=0, ge=0)
     pairs: int = Field(default=0, ge=0)

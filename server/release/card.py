@@ -62,7 +62,5 @@ def worst(statuses: Sequence[Status]) -> Status:
     >>> worst([]), worst(["PASS", "INFO"]), worst(["PASS", "HOLD"])
     ('HOLD', 'PASS', 'HOLD')
     """
-    for status in ("BLOCK", "HOLD", "PASS", "INFO"):
-        if status in statuses:
-            return status  # type: ignore[return-value]  # mypy widens the tuple of literals
-    return "HOLD"
+    order: tuple[Status, ...] = ("BLOCK", "HOLD", "PASS", "INFO")
+    return next((status for status in order if status in statuses), "HOLD")

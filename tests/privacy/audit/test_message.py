@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from privacy.audit.message import PAIRS, Key, pack, places, unpack, vector_length, worst_of
 from privacy.boundary.audit import Attack, Audit, PatientGroup, PlannedRisk
@@ -88,3 +89,10 @@ def test_a_sum_of_another_length_is_refused() -> None:
 
 def test_the_worst_decile_is_a_public_number_of_patients() -> None:
     assert [worst_of(trials) for trials in (0, 1, 10, 11, 40)] == [0, 1, 1, 2, 4]
+
+
+def test_no_plan_asks_for_groups_so_small_that_a_sum_shows_somebody() -> None:
+    """A site keeps silent about small groups, and how small is not for the coordinator to say."""
+    with pytest.raises(ValidationError, match="fewest"):
+        Audit(fewest=3)
+    assert Audit().fewest == 4

@@ -42,9 +42,9 @@ def test_every_fact_is_there_whatever_the_evidence(report: dict[str, Any]) -> No
 
 def test_every_source_names_a_place_in_the_report(report: dict[str, Any]) -> None:
     for written in (report, build_report(EMPTY, POLICY)):
-        for fact in written["derived"]["facts"]:
-            for source in fact["sources"]:
-                at(written, source)
+        sources = [source for fact in written["derived"]["facts"] for source in fact["sources"]]
+        assert sources
+        assert len([at(written, source) for source in sources]) == len(sources)  # an unknown place is an error
 
 
 def test_a_fact_quotes_the_finding_that_it_points_to(report: dict[str, Any]) -> None:

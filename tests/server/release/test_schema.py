@@ -67,7 +67,7 @@ def test_reports_with_nothing_and_with_infinity_fit(
         evidence_factory(promise=promise_factory(math.inf)),
         evidence_factory(attacks=(uncontrolled,)),
     ):
-        validator.validate(json.loads(report_bytes(build_report(evidence, POLICY))))
+        assert not list(validator.iter_errors(json.loads(report_bytes(build_report(evidence, POLICY)))))
 
 
 @pytest.mark.parametrize(
