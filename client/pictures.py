@@ -18,10 +18,9 @@ from privacy.audit.likeness import Likeness
 
 Floats = NDArray[np.float64]
 FEWEST = 8  # images, of the patients and of the cohort, below which nobody is compared
-MOST_PER_PATIENT = (
-    1  # images of a patient that are compared: time grows with their number, and copies of whole patients,
-)
-# all images together, are counted by codec tokens anyway
+MOST_PER_PATIENT = 1
+"""Images of a patient and slot that are compared: time grows with their number, and copies of all images together are
+counted by codec tokens anyway."""
 SEED = 20214
 
 
